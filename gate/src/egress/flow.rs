@@ -1,1 +1,86 @@
-//! Placeholder.
+//! What went out and what was refused: one record a connection.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Serialize;
+
+use crate::time::Timestamp;
+
+/// One connection to the proxy, from accept to close.
+///
+/// Bytes are TCP payload as the proxy read it from and wrote it to its two sockets. The sandbox leg holds the proxy
+/// request and answer as well as what was carried; the upstream leg, under TLS that the proxy made itself, holds the
+/// TLS records.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct FlowRecord {
+    /// When the connection was accepted.
+    pub time: Timestamp,
+    /// Whose it was; absent when the kernel had no record of who connected.
+    pub execution_id: Option<String>,
+    pub action_id: Option<String>,
+    pub principal: Option<String>,
+    pub workspace: Option<String>,
+    /// The host that was asked for, parsed: a name in lower-case ASCII, or an address.
+    pub name: Option<String>,
+    /// The address that was dialled.
+    pub address: Option<IpAddr>,
+    pub port: Option<u16>,
+    pub protocol: Option<Protocol>,
+    pub verdict: Verdict,
+    /// `profile` when the profile allowed it, otherwise the reason of the refusal.
+    pub rule: String,
+    /// How the connection ended; a verdict `allow` says nothing about whether the origin could be reached.
+    pub end: End,
+    pub bytes_from_sandbox: u64,
+    pub bytes_to_sandbox: u64,
+    pub bytes_to_upstream: u64,
+    pub bytes_from_upstream: u64,
+    pub duration_ms: u64,
+    pub decision_id: String,
+    /// The client's end of the sandbox leg, by which the kernel's records of the same connection are found.
+    pub client: Option<SocketAddr>,
+    /// How many connections this record stands for: 1, or more for the one that stands for all past the limit of
+    /// records an execution has.
+    pub connections: u64,
+}
+
+/// What was asked of the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// A CONNECT tunnel; what is inside was not seen.
+    Connect,
+    /// A request to an `http://` origin.
+    Http,
+    /// A request to an `https://` origin over TLS that the proxy made and verified.
+    Https,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Allow,
+    Deny,
+}
+
+/// Why a connection is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// Both sides finished.
+    Closed,
+    /// The proxy answered it with a refusal or an error of its own.
+    Answered,
+    /// It was open when the execution ended.
+    OpenAtClose,
+    /// The execution reached its limit of bytes.
+    ByteLimit,
+    /// The connection reached its limit of time.
+    TimeLimit,
+    /// Nothing was sent for too long.
+    Idle,
+    /// The client's side broke, or sent something that cannot be forwarded.
+    ClientFailed,
+    /// The origin's side broke, or sent something that cannot be forwarded.
+    UpstreamFailed,
+}
