@@ -1,1 +1,205 @@
+//! What the kernel program and the gate both read and write: map values, numbers of hooks and reasons.
+//!
+//! Every struct is `repr(C)` without padding, so that its bytes are the map's bytes on either side.
 #![no_std]
+#![forbid(unsafe_code)]
+
+/// A heartbeat older than this, on CLOCK_BOOTTIME, closes every leaf.
+pub const HEARTBEAT_LIMIT_NS: u64 = 2_000_000_000;
+/// How far ahead of the reading CPU's clock a heartbeat may seem to be before it is taken for a wrong one.
+pub const HEARTBEAT_SKEW_NS: u64 = 1_000_000_000;
+/// Leaves that can be admitted at one time. When the map is full the next execution is refused.
+pub const MAX_LEAVES: usize = 16_384;
+/// Connections whose first packet has left and that the gate has not accepted yet.
+pub const MAX_FLOWS: usize = 65_536;
+/// Bytes of the ring buffer of events.
+pub const EVENT_BYTES: usize = 1 << 19;
+/// Events that one leaf can put in the ring buffer; what comes after is only counted, so that a noisy leaf cannot hide
+/// another's.
+pub const EVENTS_PER_LEAF: u64 = 1_024;
+/// Levels of cgroup ancestors that the probe looks at.
+pub const MAX_LEVEL: u32 = 32;
+
+/// `LeafEntry::kind`: nothing leaves, loopback included.
+pub const KIND_NONE: u32 = 1;
+/// `LeafEntry::kind`: TCP to the gate's proxy and nothing else.
+pub const KIND_PROXY_ONLY: u32 = 2;
+
+/// Where a refusal was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Hook {
+    Connect4 = 0,
+    Connect6 = 1,
+    Sendmsg4 = 2,
+    Sendmsg6 = 3,
+    SockCreate = 4,
+    Egress = 5,
+    Ingress = 6,
+    SockOps = 7,
+}
+
+/// Number of hooks, the length of `Counts::denied`.
+pub const HOOKS: usize = 8;
+
+impl Hook {
+    pub const ALL: [Self; HOOKS] = [
+        Self::Connect4,
+        Self::Connect6,
+        Self::Sendmsg4,
+        Self::Sendmsg6,
+        Self::SockCreate,
+        Self::Egress,
+        Self::Ingress,
+        Self::SockOps,
+    ];
+}
+
+/// Why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Reason {
+    /// The leaf has no entry, or the gate has not said yet which generation is the valid one.
+    NoEntry = 1,
+    /// The entry's deadline is past.
+    Expired = 2,
+    /// The entry was written by another run of the gate.
+    ForeignGeneration = 3,
+    /// The gate has not written its heartbeat for longer than [`HEARTBEAT_LIMIT_NS`].
+    HeartbeatStopped = 4,
+    /// The leaf's profile is `none`.
+    ProfileNone = 5,
+    /// The address or port is not the gate's proxy.
+    NotTheProxy = 6,
+    /// A datagram; none may leave.
+    Datagram = 7,
+    /// Not a TCP or UDP socket of the IPv4 or IPv6 family.
+    SocketKind = 8,
+    /// The socket was not made in this leaf.
+    ForeignSocket = 9,
+    /// A packet whose headers could not be read.
+    Malformed = 10,
+    /// A map refused a write that the connection needs.
+    MapFull = 11,
+}
+
+impl Reason {
+    pub const ALL: [Self; 11] = [
+        Self::NoEntry,
+        Self::Expired,
+        Self::ForeignGeneration,
+        Self::HeartbeatStopped,
+        Self::ProfileNone,
+        Self::NotTheProxy,
+        Self::Datagram,
+        Self::SocketKind,
+        Self::ForeignSocket,
+        Self::Malformed,
+        Self::MapFull,
+    ];
+}
+
+/// What a leaf may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LeafEntry {
+    /// The key again: an element that was freed and reused while it was being read does not match.
+    pub leaf: u64,
+    pub generation: u64,
+    /// On CLOCK_BOOTTIME.
+    pub deadline_ns: u64,
+    pub kind: u32,
+    pub reserved: u32,
+}
+
+/// What holds for every leaf. Written once, before the programs are attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Control {
+    /// Zero: closed.
+    pub generation: u64,
+    /// Of a leaf in the cgroup tree, as the probe found it.
+    pub level: u32,
+    /// Network byte order.
+    pub proxy_ip4: u32,
+    /// Network byte order.
+    pub proxy_ip6: [u32; 4],
+    /// Network byte order in the low 16 bits, as `bpf_sock_addr.user_port` has it. Zero: no proxy there.
+    pub proxy_port4: u32,
+    pub proxy_port6: u32,
+}
+
+/// What a leaf did. Key 0 holds what had no leaf with an entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Counts {
+    pub denied: [u64; HOOKS],
+    /// TCP handshakes that were completed.
+    pub connections: u64,
+    /// TCP connects whose first packet was about to leave.
+    pub flows_begun: u64,
+    /// Those of them that reached TCP_CLOSE.
+    pub flows_closed: u64,
+    /// Payload of closed flows that the peer acknowledged.
+    pub bytes_sent: u64,
+    /// Payload of closed flows that arrived in order.
+    pub bytes_received: u64,
+    /// With headers and repeats.
+    pub wire_bytes_out: u64,
+    pub wire_bytes_in: u64,
+    pub events: u64,
+    pub events_lost: u64,
+}
+
+/// One refusal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Event {
+    /// On CLOCK_BOOTTIME.
+    pub at_ns: u64,
+    pub leaf: u64,
+    pub hook: u32,
+    pub reason: u32,
+    /// Address family of the socket or packet (AF_INET 2, AF_INET6 10).
+    pub family: u32,
+    /// IP protocol number.
+    pub protocol: u32,
+    /// Network byte order; an IPv4 address is in the first word with `address_family` 2.
+    pub address: [u32; 4],
+    /// 0: no address.
+    pub address_family: u32,
+    /// Host byte order.
+    pub port: u32,
+}
+
+/// A TCP connection as its client has it. Addresses in network byte order, IPv4 as `::ffff:a.b.c.d`; ports in host
+/// order. The network namespace and all four are needed: Linux gives one source port to several connections at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct FlowKey {
+    pub netns_cookie: u64,
+    pub client_ip: [u32; 4],
+    pub server_ip: [u32; 4],
+    pub client_port: u32,
+    pub server_port: u32,
+}
+
+/// What is kept on a socket that was made in a leaf.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ClientSocket {
+    pub leaf: u64,
+    /// Sequence number after the peer's FIN, when `fin_seen` is not zero.
+    pub fin_end: u32,
+    pub fin_seen: u32,
+}
+
+/// What is kept on a socket that the gate accepted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct AcceptedSocket {
+    pub leaf: u64,
+}
+
+/// `::ffff:0:0/96` as words of an address in network byte order.
+pub const MAPPED_WORD: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);

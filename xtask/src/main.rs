@@ -1,1 +1,29 @@
-fn main() {}
+//! Chores of the repository: `cargo xtask ebpf [--check]`.
+
+use std::process::ExitCode;
+
+mod ebpf;
+
+const USAGE: &str = "usage: cargo xtask ebpf [--check]
+
+  ebpf          build the kernel program from source and write the checked-in object and its lock file
+  ebpf --check  build it in a clean directory; when compiler and linker are the recorded ones, the bytes must be the same";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["ebpf"] => ebpf::write(),
+        ["ebpf", "--check"] => ebpf::check(),
+        _ => Err(USAGE.to_owned()),
+    };
+    match result {
+        Ok(said) => {
+            println!("{said}");
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}

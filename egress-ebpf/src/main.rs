@@ -1,0 +1,311 @@
+//! The kernel program. Every path that is not plainly allowed returns `DENY`.
+//!
+//! Loaded with CAP_BPF and CAP_NET_ADMIN alone: without CAP_PERFMON there is no arithmetic with a variable on a pointer.
+//! Context words are read volatile, all of them, and selected afterwards: LLVM otherwise merges accesses or computes the
+//! offset, and the verifier refuses both.
+#![no_std]
+#![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features)]
+
+mod flow;
+mod packet;
+mod refuse;
+
+use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage};
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_boot_ns, bpf_sk_storage_get, bpf_skb_ancestor_cgroup_id,
+};
+use aya_ebpf::macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops};
+use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext};
+use egress_ebpf::{
+    AcceptedSocket, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS,
+    Hook, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD, MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, Reason,
+};
+
+use crate::refuse::{Refusal, refuse};
+
+const ALLOW: i32 = 1;
+const DENY: i32 = 0;
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+const SOCK_STREAM: u32 = 1;
+const SOCK_DGRAM: u32 = 2;
+const IPPROTO_TCP: u32 = 6;
+const IPPROTO_UDP: u32 = 17;
+
+const NO_PREALLOC: usize = 1;
+
+#[btf_map]
+static CONTROL: Array<Control, 1> = Array::new();
+/// CLOCK_BOOTTIME when the gate was last known to be alive.
+#[btf_map]
+static HEARTBEAT: Array<u64, 1> = Array::new();
+#[btf_map]
+static LEAVES: HashMap<u64, LeafEntry, MAX_LEAVES, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static COUNTS: HashMap<u64, Counts, { MAX_LEAVES + 1 }, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static FLOWS: HashMap<FlowKey, u64, MAX_FLOWS, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static CLIENTS: SkStorage<ClientSocket> = SkStorage::new();
+#[btf_map]
+static ACCEPTED: SkStorage<AcceptedSocket> = SkStorage::new();
+#[btf_map]
+static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
+/// Ids of the ancestors of whoever makes a socket in the probe's cgroup, by level.
+#[btf_map]
+static PROBE: Array<u64, { MAX_LEVEL as usize }> = Array::new();
+
+/// Reads a word of the context at its own, constant offset.
+macro_rules! word {
+    ($context:expr, $($field:tt)+) => {
+        // SAFETY: the verifier has checked that the context has this field.
+        unsafe { core::ptr::read_volatile(&raw const (*$context).$($field)+) }
+    };
+}
+pub(crate) use word;
+
+#[inline(always)]
+fn now_ns() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// The valid kind of a leaf's entry, or why there is none.
+#[inline(always)]
+fn kind_of(control: &Control, leaf: u64) -> Result<u32, Reason> {
+    if leaf == 0 || control.generation == 0 {
+        return Err(Reason::NoEntry);
+    }
+    // SAFETY: the element may be reused while it is read; it is compared with its key below.
+    let Some(entry) = (unsafe { LEAVES.get(leaf) }) else { return Err(Reason::NoEntry) };
+    let (generation, deadline_ns, kind) = (entry.generation, entry.deadline_ns, entry.kind);
+    if word!(entry as *const LeafEntry, leaf) != leaf {
+        return Err(Reason::NoEntry);
+    }
+    if generation != control.generation {
+        return Err(Reason::ForeignGeneration);
+    }
+    let now = now_ns();
+    let Some(heartbeat) = HEARTBEAT.get_ptr(0) else { return Err(Reason::HeartbeatStopped) };
+    // SAFETY: an element of an array map is there as long as the map.
+    let heartbeat = unsafe { core::ptr::read_volatile(heartbeat) };
+    if heartbeat > now + HEARTBEAT_SKEW_NS || heartbeat + HEARTBEAT_LIMIT_NS < now {
+        return Err(Reason::HeartbeatStopped);
+    }
+    if deadline_ns <= now {
+        return Err(Reason::Expired);
+    }
+    match kind {
+        KIND_NONE | KIND_PROXY_ONLY => Ok(kind),
+        _ => Err(Reason::NoEntry),
+    }
+}
+
+#[inline(always)]
+fn current_leaf(control: &Control) -> u64 {
+    // SAFETY: a helper with a scalar argument; it gives 0 where there is no such ancestor.
+    unsafe { bpf_get_current_ancestor_cgroup_id(control.level as i32) }
+}
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    let to = packet::destination4(&ctx);
+    on_connect(&ctx, Hook::Connect4, to)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    let to = packet::destination6(&ctx);
+    on_connect(&ctx, Hook::Connect6, to)
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    let to = packet::destination4(&ctx);
+    on_sendmsg(&ctx, Hook::Sendmsg4, to)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    let to = packet::destination6(&ctx);
+    on_sendmsg(&ctx, Hook::Sendmsg6, to)
+}
+
+#[inline(always)]
+fn on_connect(ctx: &SockAddrContext, hook: Hook, to: packet::Endpoint) -> i32 {
+    let Some(control) = CONTROL.get(0) else { return DENY };
+    let leaf = current_leaf(control);
+    let protocol = word!(ctx.sock_addr, protocol);
+    let family = word!(ctx.sock_addr, family);
+    let verdict = match kind_of(control, leaf) {
+        Err(reason) => Err(reason),
+        Ok(kind) => connect_verdict(ctx, control, leaf, kind, protocol, &to),
+    };
+    match verdict {
+        Ok(()) => ALLOW,
+        Err(reason) => refuse(&Refusal { leaf, hook, reason, family, protocol, to }),
+    }
+}
+
+#[inline(always)]
+fn connect_verdict(
+    ctx: &SockAddrContext,
+    control: &Control,
+    leaf: u64,
+    kind: u32,
+    protocol: u32,
+    to: &packet::Endpoint,
+) -> Result<(), Reason> {
+    let made_in = client_leaf(ctx);
+    if made_in != leaf {
+        return Err(Reason::ForeignSocket);
+    }
+    if kind != KIND_PROXY_ONLY {
+        return Err(Reason::ProfileNone);
+    }
+    if protocol != IPPROTO_TCP {
+        return Err(Reason::Datagram);
+    }
+    if !to.is_proxy(control) {
+        return Err(Reason::NotTheProxy);
+    }
+    Ok(())
+}
+
+/// The leaf that the socket was made in; 0 when it was made in none.
+#[inline(always)]
+fn client_leaf(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context's socket is a valid argument of the helper, and the result is checked for null.
+    unsafe {
+        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
+        if sk.is_null() {
+            return 0;
+        }
+        let stored = bpf_sk_storage_get((&raw const CLIENTS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0)
+            .cast::<ClientSocket>();
+        if stored.is_null() { 0 } else { (*stored).leaf }
+    }
+}
+
+#[inline(always)]
+fn on_sendmsg(ctx: &SockAddrContext, hook: Hook, to: packet::Endpoint) -> i32 {
+    let Some(control) = CONTROL.get(0) else { return DENY };
+    let leaf = current_leaf(control);
+    let reason = match kind_of(control, leaf) {
+        Err(reason) => reason,
+        Ok(KIND_NONE) => Reason::ProfileNone,
+        Ok(_) => Reason::Datagram,
+    };
+    let (family, protocol) = (word!(ctx.sock_addr, family), word!(ctx.sock_addr, protocol));
+    refuse(&Refusal { leaf, hook, reason, family, protocol, to })
+}
+
+#[cgroup_sock(sock_create)]
+pub fn sock_create(ctx: SockContext) -> i32 {
+    let family = word!(ctx.sock, family);
+    let kind = word!(ctx.sock, type_);
+    let protocol = word!(ctx.sock, protocol);
+    let Some(control) = CONTROL.get(0) else { return DENY };
+    let leaf = current_leaf(control);
+    let usual = (kind == SOCK_STREAM && protocol == IPPROTO_TCP) || (kind == SOCK_DGRAM && protocol == IPPROTO_UDP);
+    let verdict = match kind_of(control, leaf) {
+        Err(reason) => Err(reason),
+        Ok(_) if !usual || (family != AF_INET && family != AF_INET6) => Err(Reason::SocketKind),
+        Ok(_) => {
+            let mut record = ClientSocket { leaf, fin_end: 0, fin_seen: 0 };
+            // SAFETY: the context is the socket; the record outlives the call.
+            let stored = unsafe {
+                bpf_sk_storage_get(
+                    (&raw const CLIENTS).cast_mut().cast(),
+                    ctx.sock.cast(),
+                    (&raw mut record).cast(),
+                    u64::from(aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE),
+                )
+            };
+            if stored.is_null() { Err(Reason::MapFull) } else { Ok(()) }
+        }
+    };
+    match verdict {
+        Ok(()) => ALLOW,
+        Err(reason) => {
+            let to = packet::Endpoint::NONE;
+            refuse(&Refusal { leaf, hook: Hook::SockCreate, reason, family, protocol, to })
+        }
+    }
+}
+
+/// Runs in a cgroup that the gate made to find out how deep a leaf is. It records and refuses.
+#[cgroup_sock(sock_create)]
+pub fn probe_level(_ctx: SockContext) -> i32 {
+    let mut level = 0_u32;
+    while level < MAX_LEVEL {
+        // SAFETY: a helper with a scalar argument.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) };
+        let _ = PROBE.set(level, id, 0);
+        level += 1;
+    }
+    DENY
+}
+
+#[cgroup_skb(egress)]
+pub fn egress(ctx: SkBuffContext) -> i32 {
+    on_packet(&ctx, Hook::Egress)
+}
+
+#[cgroup_skb(ingress)]
+pub fn ingress(ctx: SkBuffContext) -> i32 {
+    on_packet(&ctx, Hook::Ingress)
+}
+
+#[inline(always)]
+fn on_packet(ctx: &SkBuffContext, hook: Hook) -> i32 {
+    let Some(control) = CONTROL.get(0) else { return DENY };
+    // SAFETY: the context is the packet, and it has a socket: a cgroup program runs for no other.
+    let leaf = unsafe { bpf_skb_ancestor_cgroup_id(ctx.skb.skb, control.level as i32) };
+    let header = packet::parse(ctx, hook);
+    let verdict = match kind_of(control, leaf) {
+        Err(reason) => Err(reason),
+        Ok(KIND_NONE) => Err(Reason::ProfileNone),
+        Ok(_) if !header.readable => Err(Reason::Malformed),
+        Ok(_) if header.protocol == IPPROTO_UDP => Err(Reason::Datagram),
+        Ok(_) if header.protocol != IPPROTO_TCP => Err(Reason::SocketKind),
+        Ok(_) if !header.peer.is_proxy(control) => Err(Reason::NotTheProxy),
+        Ok(_) => Ok(()),
+    };
+    match verdict {
+        Ok(()) => {
+            refuse::count_wire(leaf, hook, word!(ctx.skb.skb, len));
+            ALLOW
+        }
+        Err(reason) => refuse(&Refusal {
+            leaf,
+            hook,
+            reason,
+            family: header.family,
+            protocol: header.protocol,
+            to: header.peer,
+        }),
+    }
+}
+
+/// On `actions`: who is about to connect, and what a flow carried when it ends.
+#[sock_ops]
+pub fn flow_client(ctx: SockOpsContext) -> u32 {
+    flow::on_client(&ctx);
+    1
+}
+
+/// On the gate's own cgroup: moves the record of who connects onto the accepted socket.
+#[sock_ops]
+pub fn flow_gate(ctx: SockOpsContext) -> u32 {
+    flow::on_gate(&ctx);
+    1
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

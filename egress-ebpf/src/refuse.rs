@@ -1,0 +1,88 @@
+//! A refusal: counted for its leaf, told to the gate.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use crate::packet::Endpoint;
+use crate::{COUNTS, Counts, DENY, EVENTS, Event, Hook, Reason, now_ns};
+use egress_ebpf::EVENTS_PER_LEAF;
+
+pub struct Refusal {
+    pub leaf: u64,
+    pub hook: Hook,
+    pub reason: Reason,
+    pub family: u32,
+    pub protocol: u32,
+    pub to: Endpoint,
+}
+
+#[inline(always)]
+pub fn add(counter: *mut u64, amount: u64) {
+    // SAFETY: points to an aligned word of a map's value; other CPUs add to it in the same way.
+    // The target has no compare-and-swap, so `AtomicU64` has no `fetch_add` here.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, amount) };
+}
+
+/// The counters of a leaf, or the common ones of what has no entry.
+#[inline(always)]
+pub fn counts_of(leaf: u64) -> Option<*mut Counts> {
+    match COUNTS.get_ptr_mut(leaf) {
+        Some(counts) => Some(counts),
+        None => COUNTS.get_ptr_mut(0),
+    }
+}
+
+#[inline(always)]
+pub fn note(refusal: &Refusal) {
+    let Some(counts) = counts_of(refusal.leaf) else { return };
+    // SAFETY: fields of a map's value that was looked up in this run.
+    unsafe {
+        let denied = match refusal.hook {
+            Hook::Connect4 => &raw mut (*counts).denied[0],
+            Hook::Connect6 => &raw mut (*counts).denied[1],
+            Hook::Sendmsg4 => &raw mut (*counts).denied[2],
+            Hook::Sendmsg6 => &raw mut (*counts).denied[3],
+            Hook::SockCreate => &raw mut (*counts).denied[4],
+            Hook::Egress => &raw mut (*counts).denied[5],
+            Hook::Ingress => &raw mut (*counts).denied[6],
+            Hook::SockOps => &raw mut (*counts).denied[7],
+        };
+        add(denied, 1);
+        if core::ptr::read_volatile(&raw const (*counts).events) >= EVENTS_PER_LEAF {
+            add(&raw mut (*counts).events_lost, 1);
+            return;
+        }
+        let event = Event {
+            at_ns: now_ns(),
+            leaf: refusal.leaf,
+            hook: refusal.hook as u32,
+            reason: refusal.reason as u32,
+            family: refusal.family,
+            protocol: refusal.protocol,
+            address: refusal.to.address,
+            address_family: refusal.to.family,
+            port: u32::from(u16::from_be(refusal.to.port as u16)),
+        };
+        match EVENTS.output(event, 0) {
+            Ok(()) => add(&raw mut (*counts).events, 1),
+            Err(_) => add(&raw mut (*counts).events_lost, 1),
+        }
+    }
+}
+
+#[inline(always)]
+pub fn refuse(refusal: &Refusal) -> i32 {
+    note(refusal);
+    DENY
+}
+
+#[inline(always)]
+pub fn count_wire(leaf: u64, hook: Hook, bytes: u32) {
+    let Some(counts) = counts_of(leaf) else { return };
+    // SAFETY: fields of a map's value that was looked up in this run.
+    unsafe {
+        match hook {
+            Hook::Egress => add(&raw mut (*counts).wire_bytes_out, u64::from(bytes)),
+            _ => add(&raw mut (*counts).wire_bytes_in, u64::from(bytes)),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Builds the kernel program with the compiler that has its own library source beside it, takes the debugging sections
+//! away and keeps BTF, and records what it was made with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+mod strip;
+mod toolchain;
+
+use toolchain::Toolchain;
+
+const OBJECT: &str = "gate/src/egress/kernel/latchgate.bpf.o";
+const LOCK: &str = "gate/src/egress/kernel/latchgate.bpf.lock.json";
+
+/// What the checked-in object was made from.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Lock {
+    /// Over path and contents of everything in `egress-ebpf` that is built.
+    source_sha256: String,
+    /// `rustc -vV`, line by line.
+    rustc: Vec<String>,
+    linker: String,
+    object_sha256: String,
+}
+
+/// Builds and writes the object and its lock file.
+pub fn write() -> Result<String, String> {
+    let root = root()?;
+    let toolchain = Toolchain::find()?;
+    let target = root.join("egress-ebpf/target");
+    let object = build(&toolchain, &root.join("egress-ebpf"), &target)?;
+    let lock = lock_of(&root, &toolchain, &object)?;
+    put(&root.join(OBJECT), &object)?;
+    let mut text = serde_json::to_string_pretty(&lock).map_err(|error| error.to_string())?;
+    text.push('\n');
+    put(&root.join(LOCK), text.as_bytes())?;
+    Ok(format!("{OBJECT}: {} bytes, sha256 {}", object.len(), lock.object_sha256))
+}
+
+/// Rebuilds in a clean directory and compares with what is checked in.
+pub fn check() -> Result<String, String> {
+    let root = root()?;
+    let recorded: Lock = serde_json::from_slice(&get(&root.join(LOCK))?).map_err(|error| format!("{LOCK}: {error}"))?;
+    let checked_in = hex(&Sha256::digest(get(&root.join(OBJECT))?));
+    if checked_in != recorded.object_sha256 {
+        return Err(format!("{OBJECT} has SHA-256 {checked_in}, its lock says {}", recorded.object_sha256));
+    }
+    let toolchain = Toolchain::find()?;
+    let clean = Clean::make()?;
+    let source = clean.0.join("egress-ebpf");
+    for path in sources(&root)? {
+        let to = source.join(&path);
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).map_err(|error| format!("{}: {error}", parent.display()))?;
+        }
+        put(&to, &get(&root.join("egress-ebpf").join(&path))?)?;
+    }
+    let object = build(&toolchain, &source, &clean.0.join("target"))?;
+    let built = lock_of(&root, &toolchain, &object)?;
+    if built.source_sha256 != recorded.source_sha256 {
+        return Err("egress-ebpf was changed after the object was built: run `cargo xtask ebpf`".to_owned());
+    }
+    if (&built.rustc, &built.linker) != (&recorded.rustc, &recorded.linker) {
+        return Ok(format!(
+            "built ({} bytes); the compiler or linker is not the recorded one, so the bytes were not compared",
+            object.len()
+        ));
+    }
+    if built.object_sha256 != recorded.object_sha256 {
+        return Err(format!(
+            "the same source and tools gave SHA-256 {}, checked in is {}",
+            built.object_sha256, recorded.object_sha256
+        ));
+    }
+    Ok(format!("rebuilt in a clean directory, the same bytes: sha256 {}", built.object_sha256))
+}
+
+fn build(toolchain: &Toolchain, source: &Path, target: &Path) -> Result<Vec<u8>, String> {
+    toolchain.build(source, target)?;
+    let built = target.join(toolchain::TARGET).join("release").join(toolchain::BINARY);
+    strip::debug_sections(&get(&built)?).map_err(|error| format!("{}: {error}", built.display()))
+}
+
+fn lock_of(root: &Path, toolchain: &Toolchain, object: &[u8]) -> Result<Lock, String> {
+    let mut hash = Sha256::new();
+    for path in sources(root)? {
+        let contents = get(&root.join("egress-ebpf").join(&path))?;
+        hash.update(format!("{}\n{}\n", path.display(), contents.len()));
+        hash.update(&contents);
+    }
+    Ok(Lock {
+        source_sha256: hex(&hash.finalize()),
+        rustc: toolchain.version.lines().map(str::to_owned).collect(),
+        linker: toolchain.linker_version.clone(),
+        object_sha256: hex(&Sha256::digest(object)),
+    })
+}
+
+/// The files that the object is made of, relative to `egress-ebpf`, sorted.
+fn sources(root: &Path) -> Result<Vec<PathBuf>, String> {
+    let base = root.join("egress-ebpf");
+    let mut found = vec![PathBuf::from("Cargo.toml"), PathBuf::from("Cargo.lock")];
+    for entry in fs::read_dir(base.join("src")).map_err(|error| format!("egress-ebpf/src: {error}"))? {
+        let entry = entry.map_err(|error| format!("egress-ebpf/src: {error}"))?;
+        found.push(Path::new("src").join(entry.file_name()));
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn root() -> Result<PathBuf, String> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map(Path::to_path_buf).ok_or_else(|| "xtask is not in the repository".to_owned())
+}
+
+fn get(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn put(path: &Path, contents: &[u8]) -> Result<(), String> {
+    fs::write(path, contents).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A directory that goes when the check is over.
+struct Clean(PathBuf);
+
+impl Clean {
+    fn make() -> Result<Self, String> {
+        let path = std::env::temp_dir().join(format!("latchgate-ebpf-{}", std::process::id()));
+        fs::create_dir(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Clean {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
