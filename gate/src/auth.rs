@@ -14,6 +14,7 @@ pub mod jwk;
 mod jwt;
 pub mod lease;
 pub mod operator;
+pub mod operator_key;
 pub mod peer;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ pub mod flow;
 pub mod kernel;
 pub mod profile;
 pub mod proxy;
+pub mod refusals;
 pub mod resolver;
 
 /// The kernel's id of a leaf cgroup: its inode in the v2 tree. Never reused while the gate that saw it runs.

@@ -4,12 +4,18 @@
 
 pub mod action;
 pub mod auth;
+pub mod cli;
+pub mod config;
 pub mod egress;
 pub mod files;
+pub mod gate;
 pub mod hash;
 pub mod ids;
 pub mod ledger;
+pub mod pipeline;
 pub mod policy;
+pub mod privileges;
 pub mod sandbox;
+pub mod server;
 pub mod store;
 pub mod time;

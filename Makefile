@@ -1,0 +1,43 @@
+# The two commands of the README are `make demo` and `make test`; the rest is for those who change the code.
+CACHE  ?= $(HOME)/.cache/latchgate
+PYTHON  = $(CACHE)/venv/bin/python
+TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
+GATE    = target/$(TARGET)/debug/latchgate
+# Tests load the kernel program for real: they want root, and a mount namespace so that a bpffs of theirs is nobody else's.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CI)
+PRIVATE = $(AS_ROOT) unshare --mount --propagation private
+
+.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt bench
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+setup: ## install what the demo needs and this machine lacks
+	@scripts/setup.sh demo
+
+setup-test:
+	@scripts/setup.sh test
+
+build: setup ## the gate, unoptimised
+	cargo build --package latchgate
+
+demo: build ## an agent's call allowed, others refused, and the receipt verified
+	$(PRIVATE) demo/run.sh $(abspath $(GATE)) $(PYTHON)
+
+test: setup-test ## every test, against the real kernel
+	@scripts/privileges.sh
+	cargo test --workspace --no-run
+	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) cargo test --workspace
+
+lint: ## formatting, clippy, licences
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt:
+	cargo fmt --all
+
+ebpf: ## rebuild the kernel program from source
+	cargo xtask ebpf
+
+ebpf-check: ## rebuild it in a clean directory and compare with the one that is checked in
+	cargo xtask ebpf --check

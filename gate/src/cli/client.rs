@@ -1,0 +1,80 @@
+//! The command line's side of the operator socket.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::Args;
+use http_body_util::{BodyExt, Empty};
+use hyper::{Request, header};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+
+use super::{Failure, up};
+use crate::auth::operator_key::OperatorKeyFile;
+use crate::config::Config;
+use crate::time::Timestamp;
+
+const BASE: &str = "http://latchgate-operator";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where the operator socket and key are.
+#[derive(Debug, Args)]
+pub(crate) struct OperatorArguments {
+    /// The operator socket; where `latchgate up` of this user puts it when not given.
+    #[arg(long, env = "LATCHGATE_OPERATOR_SOCKET", value_name = "SOCKET")]
+    socket: Option<PathBuf>,
+    /// The operator key file; the one that `latchgate up` of this user makes when not given.
+    #[arg(long, env = "LATCHGATE_OPERATOR_KEY", value_name = "FILE")]
+    key: Option<PathBuf>,
+}
+
+/// The state directory of `latchgate up` for the calling user.
+pub(super) fn default_state_dir() -> PathBuf {
+    match rustix::process::geteuid().as_raw() {
+        0 => Config::default().state_dir,
+        uid => up::user_state_dir(uid),
+    }
+}
+
+impl OperatorArguments {
+    /// `GET path`, with a proof.
+    pub(crate) fn get(&self, path: &str) -> Result<Value, Failure> {
+        let socket =
+            self.socket.clone().unwrap_or_else(|| up::default_operator_socket(rustix::process::geteuid().as_raw()));
+        let key_path = self.key.clone().unwrap_or_else(|| up::operator_key_path(&default_state_dir()));
+        let key = OperatorKeyFile::load(&key_path).map_err(Failure::new)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
+        runtime.block_on(async {
+            tokio::time::timeout(PATIENCE, get(&socket, &key, path))
+                .await
+                .map_err(|_| Failure::new(format!("{}: no answer in {} s", socket.display(), PATIENCE.as_secs())))?
+        })
+    }
+}
+
+async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure::new(format!("{}: {error}", socket.display()));
+    let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| failed(&error))?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+    let connection = tokio::spawn(connection);
+    let url = format!("{BASE}{path}");
+    let (authorization, proof) = key.headers("GET", &url, Timestamp::now());
+    let request = Request::get(path)
+        .header(header::HOST, "latchgate-operator")
+        .header(header::AUTHORIZATION, authorization.as_str())
+        .header("dpop", proof)
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| failed(&error))?;
+    let answer = sender.send_request(request).await.map_err(|error| failed(&error))?;
+    let status = answer.status();
+    let body = answer.into_body().collect().await.map_err(|error| failed(&error))?.to_bytes();
+    connection.abort();
+    let value: Value = serde_json::from_slice(&body).map_err(|error| failed(&error))?;
+    if status.is_success() {
+        return Ok(value);
+    }
+    let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
+    Err(Failure::new(format!("{status}: {} {} (decision {})", text("error"), text("deny_reason"), text("decision_id"))))
+}

@@ -1,0 +1,357 @@
+//! The gate, put together: each part is built from what is there already, in the order that lets a failure stop the
+//! start before anything listens.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore, watch};
+
+use crate::action::manifest::{Call, Manifest};
+use crate::action::registry::{Registry, Source};
+use crate::auth::Authenticator;
+use crate::auth::lease::{Issuer, LeaseKeys};
+use crate::auth::operator::{Operator, Operators};
+use crate::config::Config;
+use crate::egress::address::AllowAddresses;
+use crate::egress::kernel::{self, Enforcer, KernelConfig};
+use crate::egress::proxy::{self, Proxy, ProxyConfig};
+use crate::egress::refusals::Refusals;
+use crate::egress::{Attribution, LeafId};
+use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
+use crate::pipeline::budget::Budgets;
+use crate::policy::{self, embedded::Embedded};
+use crate::sandbox::{CgroupTree, Runner, RunnerConfig};
+use crate::server::metrics::Metrics;
+use crate::store::sqlite::{Options, Store};
+use crate::time::Timestamp;
+use crate::{files, hash};
+
+/// Everything that a request may need.
+pub struct Gate {
+    pub config: Config,
+    pub registry: Registry,
+    pub policy: Box<dyn policy::Engine>,
+    pub issuer: Arc<Issuer>,
+    lease_keys: Arc<LeaseKeys>,
+    pub authenticator: Authenticator,
+    pub operators: Operators,
+    pub budgets: Budgets,
+    pub ledger: Ledger,
+    pub cgroups: CgroupTree,
+    pub runner: Runner,
+    pub enforcer: Arc<Enforcer>,
+    pub refusals: Refusals,
+    pub proxy: Proxy,
+    pub metrics: Metrics,
+    /// Executions at the same time.
+    pub places: Semaphore,
+    draining: AtomicBool,
+    running: AtomicUsize,
+    idle: Notify,
+    cancel: watch::Sender<bool>,
+}
+
+/// What `/readyz` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    Ready,
+    Degraded(String),
+    NotReady(String),
+}
+
+/// Why the gate does not start: which part, and what it said.
+#[derive(Debug, thiserror::Error)]
+#[error("{part}: {message}")]
+pub struct StartError {
+    part: &'static str,
+    message: String,
+}
+
+/// Names the part that failed.
+fn part<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) -> StartError {
+    move |error| StartError { part, message: error.to_string() }
+}
+
+/// The proxy listens before the kernel program knows its port, and the program is what tells whose a connection is.
+/// Until it is there, nobody is anybody.
+#[derive(Default)]
+struct Later(OnceLock<Arc<Enforcer>>);
+
+impl Attribution for Later {
+    fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId> {
+        self.0.get()?.leaf_of(accepted)
+    }
+}
+
+/// The tests of a manifest that need the machine: files that are what they should be, roots that show nothing of ours.
+struct Directories {
+    store: PathBuf,
+    ledger: PathBuf,
+    lease_keys: PathBuf,
+    protected: Vec<PathBuf>,
+}
+
+impl Directories {
+    fn make(config: &Config) -> Result<Self, StartError> {
+        let state = &config.state_dir;
+        let made = Self {
+            store: state.join("store"),
+            ledger: state.join("ledger"),
+            lease_keys: state.join("lease-keys"),
+            protected: protected(config),
+        };
+        for directory in [state, &made.store, &made.ledger, &made.lease_keys] {
+            files::private_directory(directory).map_err(part("state_dir"))?;
+        }
+        Ok(made)
+    }
+}
+
+/// What no sandbox may see: state, and the directories of all sockets.
+fn protected(config: &Config) -> Vec<PathBuf> {
+    let sockets = config.listeners.iter().filter_map(|listener| listener.path.as_ref()).chain(&config.operators.socket);
+    std::iter::once(config.state_dir.clone())
+        .chain(sockets.filter_map(|path| path.parent().map(std::path::Path::to_path_buf)))
+        .collect()
+}
+
+impl Gate {
+    /// Builds every part.
+    ///
+    /// # Errors
+    /// The first part that cannot be had: nothing listens then, and the kernel program of a predecessor still holds.
+    pub async fn build(config: Config) -> Result<Self, StartError> {
+        let now = Timestamp::now();
+        let directories = Directories::make(&config)?;
+        let registry = load_registry(&config)?;
+        for warning in registry.warnings() {
+            tracing::warn!("{warning}");
+        }
+        let policy: Box<dyn policy::Engine> = Box::new(load_policy(&config)?);
+
+        let options = Options { proofs_per_key: config.auth.max_live_proofs_per_key, ..Options::default() };
+        let store = Arc::new(Store::open_with(&directories.store, now, &options).map_err(part("store"))?);
+        let lease_keys = Arc::new(LeaseKeys::load_or_create(&directories.lease_keys).map_err(part("lease keys"))?);
+        let ttl = u32::try_from(config.auth.lease_ttl_seconds).unwrap_or(u32::MAX);
+        let gate_name = format!("latchgate:{}", config.instance);
+        let issuer =
+            Arc::new(Issuer::new(Arc::clone(&lease_keys), &gate_name, &gate_name, ttl).map_err(part("auth"))?);
+        let authenticator = Authenticator::new(Arc::clone(&issuer), store.clone(), store.clone());
+        let operators = Operators::new(operators(&config)?, store.clone());
+        let budgets = Budgets::new(store, config.budgets.clone());
+
+        let receipt_keys = Arc::new(ReceiptKeys::load_or_create(&directories.ledger).map_err(part("receipt keys"))?);
+        let ledger_config = LedgerConfig { workspace: config.workspace.clone(), ..LedgerConfig::default() };
+        let (ledger, orphans) =
+            Ledger::open(&directories.ledger, receipt_keys, &ledger_config, now).map_err(part("ledger"))?;
+        for orphan in &orphans {
+            tracing::warn!(receipt_id = orphan.receipt.receipt_id(), "closed an execution that a dead gate left open");
+        }
+
+        let cgroups = CgroupTree::open(config.sandbox.cgroup.as_deref(), &config.instance).map_err(part("cgroups"))?;
+        let runner = Runner::new(RunnerConfig {
+            uid_base: config.sandbox.uid_base,
+            uid_count: config.sandbox.uid_count,
+            executable: PathBuf::from("/proc/self/exe"),
+            protected: directories.protected,
+        })
+        .map_err(part("sandbox"))?;
+
+        let attribution = Arc::new(Later::default());
+        let proxy = Proxy::start(proxy_config(&config)?, attribution.clone()).await.map_err(part("proxy"))?;
+        let addresses = proxy.addresses();
+        let kernel_config = KernelConfig {
+            instance: config.instance.clone(),
+            actions: cgroups.actions().to_owned(),
+            gate: cgroups.gate().to_owned(),
+            bpffs: config.egress.bpffs.clone(),
+            proxy: kernel::ProxyAddresses { v4: addresses.v4, v6: addresses.v6 },
+        };
+        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start(kernel_config))
+            .await
+            .map_err(part("kernel program"))?
+            .map_err(part("kernel program"))?;
+        let enforcer = Arc::new(enforcer);
+        let _ = attribution.0.set(Arc::clone(&enforcer));
+        let refusals = Refusals::default();
+        tokio::spawn(refusals.clone().collect(enforcer.events()));
+
+        Ok(Self {
+            places: Semaphore::new(config.sandbox.max_concurrent),
+            config,
+            registry,
+            policy,
+            issuer,
+            lease_keys,
+            authenticator,
+            operators,
+            budgets,
+            ledger,
+            cgroups,
+            runner,
+            enforcer,
+            refusals,
+            proxy,
+            metrics: Metrics::default(),
+            draining: AtomicBool::new(false),
+            running: AtomicUsize::new(0),
+            idle: Notify::new(),
+            cancel: watch::Sender::new(false),
+        })
+    }
+
+    /// The ES256 keys that leases are signed with (RFC 7517).
+    pub fn lease_jwks(&self) -> serde_json::Value {
+        self.lease_keys.jwks()
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// From now on nothing new is begun.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether calls can be held to what is decided, asked of the kernel at this moment.
+    pub fn readiness(&self) -> Readiness {
+        if self.is_draining() {
+            return Readiness::NotReady("draining".to_owned());
+        }
+        match self.enforcer.health() {
+            Ok(()) => Readiness::Ready,
+            Err(error) => {
+                tracing::error!(%error, "the kernel program does not hold");
+                Readiness::NotReady("the kernel program does not hold".to_owned())
+            }
+        }
+    }
+
+    /// Counts a call as running until the guard goes.
+    pub fn enter(self: &Arc<Self>) -> Running {
+        self.running.fetch_add(1, Ordering::AcqRel);
+        Running(Arc::clone(self))
+    }
+
+    pub fn running(&self) -> usize {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Ends every execution that runs.
+    pub fn cancel(&self) {
+        self.cancel.send_replace(true);
+    }
+
+    /// Ready once [`Self::cancel`] was called.
+    pub fn cancelled(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut cancel = self.cancel.subscribe();
+        async move {
+            let _ = cancel.wait_for(|cancelled| *cancelled).await;
+        }
+    }
+
+    /// Waits until nothing runs, for as long as ending it may take.
+    pub async fn finish(&self) {
+        let all_done = async {
+            loop {
+                let idle = self.idle.notified();
+                if self.running() == 0 {
+                    return;
+                }
+                idle.await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(10), all_done).await.is_err() {
+            tracing::error!(running = self.running(), "executions are left; the kernel closes them");
+        }
+    }
+
+    /// The digest of what an action of this manifest runs: the gate's own executable, or its sealed copies.
+    pub fn module_digest(&self, manifest: &Manifest) -> String {
+        match &manifest.call {
+            Call::Http(_) => self.runner.executable_digest().to_owned(),
+            Call::Command(command) => {
+                let files: Vec<serde_json::Value> = command
+                    .files
+                    .iter()
+                    .map(|file| serde_json::json!({"path": file.path, "sha256": format!("sha256:{}", file.sha256)}))
+                    .collect();
+                hash::sha256_tagged(&crate::action::canonical::jcs(&files).unwrap_or_default())
+            }
+        }
+    }
+
+    /// Verifies the whole ledger from another connection.
+    pub fn verify_ledger(&self) -> Result<VerifyReport, VerifyError> {
+        self.ledger.verify(&self.config.state_dir.join("ledger"))
+    }
+}
+
+/// A call that runs.
+pub struct Running(Arc<Gate>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::AcqRel);
+        self.0.idle.notify_waiters();
+    }
+}
+
+fn load_registry(config: &Config) -> Result<Registry, StartError> {
+    let source = match &config.definitions.manifests {
+        None => Source::Embedded,
+        Some(directory) => Source::Directory(directory.clone()),
+    };
+    let registry = Registry::load(&[source]).map_err(part("manifests"))?;
+    let registry = if config.definitions.strict { registry.strict().map_err(part("manifests"))? } else { registry };
+    Ok(registry.with_pins(config.definitions.pins.clone()))
+}
+
+fn load_policy(config: &Config) -> Result<Embedded, StartError> {
+    match &config.definitions.policy {
+        None => Embedded::builtin().map_err(part("policy")),
+        Some(directory) => Embedded::load_directory(directory).map_err(part("policy")),
+    }
+}
+
+fn operators(config: &Config) -> Result<Vec<Operator>, StartError> {
+    config
+        .operators
+        .keys
+        .iter()
+        .map(|key| {
+            let digest = key.api_key_hash.strip_prefix("sha256:").and_then(hash::unhex);
+            let api_key_sha256 = digest.and_then(|bytes| bytes.try_into().ok()).ok_or_else(|| StartError {
+                part: "operators.keys",
+                message: format!("{}: api_key_hash must be sha256: and 64 hexadecimal digits", key.name),
+            })?;
+            Ok(Operator {
+                name: key.name.clone(),
+                api_key_sha256,
+                dpop_jkt: key.dpop_jkt.clone(),
+                made_in_this_run: key.made_in_this_run,
+            })
+        })
+        .collect()
+}
+
+fn proxy_config(config: &Config) -> Result<ProxyConfig, StartError> {
+    let egress = &config.egress;
+    Ok(ProxyConfig {
+        ca_file: egress.ca_file.clone(),
+        hosts: egress.hosts.iter().map(|(name, addresses)| (name.clone(), addresses.clone())).collect::<BTreeMap<_, _>>(),
+        allow_addresses: AllowAddresses::parse(&egress.allow_addresses).map_err(part("egress.allow_addresses"))?,
+        dns_servers: (!egress.dns_servers.is_empty()).then(|| egress.dns_servers.clone()),
+        limits: proxy::Limits {
+            concurrent_connections_per_execution: egress.max_connections_per_execution,
+            bytes_per_execution: egress.max_bytes_per_execution,
+            ..proxy::Limits::default()
+        },
+    })
+}

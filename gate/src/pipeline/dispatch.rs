@@ -1,0 +1,256 @@
+//! The one place that starts a sandbox: a leaf, a kernel entry, a proxy session, a process; and their end, in the order
+//! that leaves no moment open (kill → the proxy notes → the entry goes → counters → the leaf goes).
+
+mod interpret;
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::action::manifest::{Command, Prepared, RootFilesystem};
+use crate::egress::flow::{FlowRecord, Verdict};
+use crate::egress::kernel::{KernelCounts, KernelEvent, KernelProfile};
+use crate::egress::profile::Profile;
+use crate::egress::proxy::Session;
+use crate::gate::Gate;
+use crate::ledger::{NormalizedResult, VerificationOutcome};
+use crate::pipeline::Ids;
+use crate::pipeline::grant::Grant;
+use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SealedFile};
+use crate::time::Timestamp;
+
+/// What a kernel entry lives beyond its action's own time: starting the sandbox, and ending it.
+const ENTRY_GRACE: Duration = Duration::from_secs(10);
+
+/// Where programs look for a proxy; both spellings are in use.
+const PROXY_VARIABLES: [&str; 6] =
+    ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum DispatchError {
+    #[error("egress denied: {deny_reason}")]
+    EgressDenied { deny_reason: String },
+    #[error("{reason}")]
+    ActionFailed { reason: String },
+    #[error("{message}")]
+    Sandbox { message: String },
+}
+
+/// An execution that is over, however it went.
+#[derive(Debug)]
+pub struct Outcome {
+    pub(super) grant: Grant,
+    pub(super) interpreted: interpret::Interpreted,
+    pub(super) completed: Option<Completed>,
+    pub(super) egress: EgressEvidence,
+    pub(super) finished_at: Timestamp,
+}
+
+/// What the kernel and the proxy saw of one execution.
+#[derive(Debug, Default)]
+pub struct EgressEvidence {
+    pub counts: Option<KernelCounts>,
+    pub flows: Vec<FlowRecord>,
+    /// What the kernel refused, one by one.
+    pub refusals: Vec<KernelEvent>,
+    /// Set when a part of the evidence could not be had.
+    pub incomplete: bool,
+}
+
+/// The parts of an answer that are about the run itself.
+#[derive(Debug)]
+pub struct Summary {
+    pub(super) verification: VerificationOutcome,
+    pub(super) success: bool,
+    pub(super) duration_ms: u64,
+    pub(super) exit_code: i32,
+    pub(super) egress: Value,
+}
+
+impl Summary {
+    pub fn verification(&self) -> Value {
+        let verified =
+            matches!(self.verification, VerificationOutcome::Verified { .. } | VerificationOutcome::UnverifiableDeclared { .. });
+        let outcome = serde_json::to_value(&self.verification).ok().and_then(|mut outcome| outcome.get_mut("status").map(Value::take));
+        json!({"outcome": outcome, "is_fully_successful": self.success && verified})
+    }
+
+    pub fn runtime(&self) -> Value {
+        // No fuel is metered: an action is a process, held by time, memory and process limits.
+        json!({"duration_ms": self.duration_ms, "exit_code": self.exit_code, "fuel_consumed": 0})
+    }
+
+    pub const fn egress(&self) -> &Value {
+        &self.egress
+    }
+}
+
+/// Runs what was granted. Always comes back with an outcome: what failed has a receipt too.
+pub async fn run(gate: &Gate, grant: Grant, ids: &Ids) -> Outcome {
+    let (completed, egress) = execute(gate, &grant, ids).await;
+    let interpreted = match &completed {
+        Ok(completed) => interpret::interpret(grant.decision().call().manifest(), completed, &egress.flows),
+        Err(message) => interpret::Interpreted::not_started(message),
+    };
+    Outcome { grant, interpreted, completed: completed.ok(), egress, finished_at: Timestamp::now() }
+}
+
+async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> (Result<Completed, String>, EgressEvidence) {
+    // Waiting for a place is bounded by the grant: a call that is too late is not started.
+    let place = match tokio::time::timeout(grant.deadline(), gate.places.acquire()).await {
+        Ok(Ok(place)) => place,
+        _ => return (Err("no place for another execution".to_owned()), EgressEvidence::default()),
+    };
+    let leaf = match gate.cgroups.leaf() {
+        Ok(leaf) => leaf,
+        Err(error) => return (Err(error.to_string()), EgressEvidence::default()),
+    };
+    let ran = confined(gate, grant, ids, &leaf).await;
+    drop(place);
+    ran
+}
+
+/// From here on every exit goes through the end of the leaf.
+async fn confined(
+    gate: &Gate,
+    grant: &Grant,
+    ids: &Ids,
+    leaf: &Leaf,
+) -> (Result<Completed, String>, EgressEvidence) {
+    let decision = grant.decision();
+    let manifest = decision.call().manifest();
+    gate.refusals.expect(leaf.id());
+    let session = gate.proxy.open(
+        leaf.id(),
+        Session {
+            execution_id: grant.grant_id().to_owned(),
+            action_id: manifest.action_id.clone(),
+            principal: grant.principal().to_owned(),
+            workspace: gate.config.workspace.clone(),
+            profile: std::sync::Arc::new(decision.profile().clone()),
+        },
+    );
+    let profile = match decision.profile() {
+        Profile::None => KernelProfile::None,
+        Profile::Allowlist(_) => KernelProfile::ProxyOnly,
+    };
+    let completed = match gate.enforcer.admit(leaf.id(), profile, grant.deadline() + ENTRY_GRACE) {
+        Err(error) => Err(error.to_string()),
+        Ok(()) => match job(gate, grant) {
+            Err(message) => Err(message),
+            Ok(job) => gate.runner.run(leaf, job, gate.cancelled()).await.map_err(|error| error.to_string()),
+        },
+    };
+    let mut egress = EgressEvidence::default();
+    let doomed = leaf.clone();
+    let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
+    egress.flows = session.close().await;
+    match gate.enforcer.retire(leaf.id()) {
+        Ok(counts) => egress.counts = Some(counts),
+        Err(error) => {
+            tracing::error!(%error, decision_id = ids.decision_id, "the kernel's counts are lost");
+            egress.incomplete = true;
+        }
+    }
+    let counted = egress.counts.as_ref().map_or(0, |counts| counts.denied.total());
+    let collected = gate.refusals.take(leaf.id(), counted).await;
+    egress.incomplete |= !collected.complete;
+    egress.refusals = collected.events;
+    let doomed = leaf.clone();
+    let removed = match killed {
+        Ok(Ok(())) => tokio::task::spawn_blocking(move || doomed.remove()).await.unwrap_or(Ok(())),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Ok(()),
+    };
+    if let Err(error) = removed {
+        // No entry: what is left in it reaches nothing. The next start sweeps it.
+        tracing::error!(%error, decision_id = ids.decision_id, "a leaf is left behind");
+    }
+    (completed, egress)
+}
+
+fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
+    let call = grant.decision().call();
+    let manifest = call.manifest();
+    let response_bytes = manifest.max_response_bytes;
+    let (program, stdin, stdout_bytes) = match call.prepared() {
+        Prepared::Http(http) => {
+            let job = json!({
+                "proxy": gate.proxy.addresses().v4.to_string(),
+                "method": http.method,
+                "url": http.url,
+                "headers": http.headers,
+                "body": http.body,
+                "max_response_bytes": response_bytes.min(manifest.limits.max_host_response_bytes),
+                "timeout_ms": u64::try_from(grant.deadline().as_millis()).unwrap_or(u64::MAX),
+            });
+            // A body that is not text travels in base64, and everything in JSON.
+            let room = response_bytes.saturating_mul(6).saturating_add(256 << 10);
+            (Program::HttpWorker, job.to_string().into_bytes(), room)
+        }
+        Prepared::Command { command, stdin } => (program(gate, command), stdin.clone(), response_bytes),
+    };
+    Ok(Job {
+        program,
+        stdin,
+        limits: Limits {
+            memory_bytes: manifest.limits.memory_mb.saturating_mul(1 << 20),
+            timeout: grant.deadline(),
+            stdout_bytes,
+            stderr_bytes: gate.config.sandbox.stderr_bytes,
+            processes: gate.config.sandbox.max_processes,
+            scratch_bytes: gate.config.sandbox.scratch_bytes,
+        },
+    })
+}
+
+/// The command as the sandbox takes it. A program that knows proxies finds the gate's in its environment; one that
+/// does not, or will not, is the kernel's to stop.
+fn program(gate: &Gate, command: &Command) -> Program {
+    let proxy = format!("http://{}", gate.proxy.addresses().v4);
+    let mut env: Vec<(String, String)> =
+        PROXY_VARIABLES.iter().map(|name| ((*name).to_owned(), proxy.clone())).collect();
+    env.extend(command.env.iter().map(|(name, value)| (name.clone(), value.clone())));
+    Program::Command {
+        argv: command.argv.clone(),
+        env,
+        files: command
+            .files
+            .iter()
+            .map(|file| SealedFile { path: file.path.clone(), sha256: file.sha256.clone() })
+            .collect(),
+        root: match &command.root {
+            RootFilesystem::Host => Root::Host,
+            RootFilesystem::Empty => Root::Empty,
+            RootFilesystem::Directory(path) => Root::Directory(path.clone()),
+        },
+    }
+}
+
+impl Outcome {
+    /// The run in numbers.
+    pub(super) fn summary(&self) -> Summary {
+        let (sent, received) = self.egress.flows.iter().fold((0_u64, 0_u64), |(sent, received), flow| {
+            (sent.saturating_add(flow.bytes_from_sandbox), received.saturating_add(flow.bytes_to_sandbox))
+        });
+        let denied_by_proxy = self.egress.flows.iter().filter(|flow| flow.verdict == Verdict::Deny).count() as u64;
+        let denied_by_kernel = self.egress.counts.as_ref().map_or(0, |counts| counts.denied.total());
+        let allowed = self.egress.flows.len() as u64 - denied_by_proxy;
+        Summary {
+            verification: self.interpreted.verification.clone(),
+            success: matches!(self.interpreted.result, NormalizedResult::Success { .. }),
+            duration_ms: self.completed.as_ref().map_or(0, |done| done.duration.as_millis() as u64),
+            exit_code: self.completed.as_ref().map_or(-1, |done| match done.exit {
+                Exit::Code(code) => code,
+                Exit::Signal(signal) => 128 + signal,
+                Exit::TimedOut | Exit::OutputTooLarge | Exit::Cancelled => -1,
+            }),
+            egress: json!({
+                "connections": allowed,
+                "denied": denied_by_proxy.saturating_add(denied_by_kernel),
+                "bytes_sent": sent,
+                "bytes_received": received,
+            }),
+        }
+    }
+}

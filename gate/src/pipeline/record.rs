@@ -1,0 +1,135 @@
+//! What goes into the ledger: a receipt for whatever was dispatched, an event for whatever was refused.
+
+use serde_json::{Value, json};
+
+use crate::egress::flow::Verdict;
+use crate::gate::Gate;
+use crate::ledger::{Content, EventDraft, ReceiptDraft};
+use crate::pipeline::authenticate::Caller;
+use crate::pipeline::dispatch::{DispatchError, EgressEvidence, Outcome};
+use crate::pipeline::{Executed, Ids, Refusal, Refused};
+use crate::time::Timestamp;
+
+/// What no hook and no proxy can see.
+const NOT_SEEN: [&str; 1] = ["seccomp"];
+
+/// Makes the receipt durable, then says what the agent gets.
+pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) -> Result<Executed, Refused> {
+    let refuse = |cause: Refusal| Refused::new(ids, cause);
+    let summary = outcome.summary();
+    let Outcome { grant, interpreted, completed, egress, finished_at } = outcome;
+    if !interpreted.dispatched {
+        gate.budgets.refund(grant.debit());
+    }
+    let call = grant.decision().call();
+    let manifest = call.manifest();
+    let output = serde_json::to_vec(&interpreted.output)
+        .map_err(|error| refuse(Refusal::Internal { message: error.to_string() }))?;
+    let provider_module_digest = match &completed {
+        Some(done) => done.module_digest.clone(),
+        None => gate.module_digest(manifest),
+    };
+    let mut contents = vec![Content { name: "output".to_owned(), bytes: output }];
+    if let Some(done) = completed.as_ref().filter(|done| !done.stderr.is_empty()) {
+        contents.push(Content { name: "stderr".to_owned(), bytes: done.stderr.clone() });
+    }
+    let draft = ReceiptDraft {
+        grant_id: grant.grant_id().to_owned(),
+        trace_id: ids.trace_id.clone(),
+        decision_id: ids.decision_id.clone(),
+        principal: caller.principal().to_owned(),
+        session_id: caller.session_id().to_owned(),
+        action_id: manifest.action_id.clone(),
+        action_version: manifest.version.clone(),
+        request_hash: call.request_hash().to_owned(),
+        policy_version: grant.decision().policy_version().to_owned(),
+        provider_module_digest,
+        provider_receipt: json!({
+            "exit_code": summary.exit_code,
+            "duration_ms": summary.duration_ms,
+            "stderr_truncated": completed.as_ref().is_some_and(|done| done.stderr_truncated),
+        }),
+        normalized_result: interpreted.result.clone(),
+        verification_outcome: interpreted.verification.clone(),
+        effect_evidence: interpreted.effect_evidence.clone(),
+        egress_evidence: evidence(gate, &grant.decision().profile().hash(), &egress),
+        failure_class: interpreted.failure_class.map(str::to_owned),
+        approval: None,
+        started_at: grant.started_at(),
+        finished_at,
+        contents,
+    };
+    let receipt =
+        gate.ledger.receipt(draft).await.map_err(|error| refuse(Refusal::Evidence { message: error.to_string() }))?;
+    gate.metrics.executed(&interpreted.result);
+    let failure = match (&interpreted.egress_denied, &interpreted.reason, interpreted.dispatched) {
+        (Some(reason), _, _) => Some(DispatchError::EgressDenied { deny_reason: reason.clone() }),
+        (None, Some(reason), true) => Some(DispatchError::ActionFailed { reason: reason.clone() }),
+        (None, Some(reason), false) => Some(DispatchError::Sandbox { message: reason.clone() }),
+        (None, None, _) => None,
+    };
+    if let Some(failure) = failure {
+        return Err(Refused { receipt_id: Some(receipt.receipt_id().to_owned()), ..refuse(failure.into()) });
+    }
+    Ok(Executed {
+        trace_id: ids.trace_id.clone(),
+        output: interpreted.output,
+        outcome: summary,
+        budget: grant.debit().remaining_view(),
+        receipt,
+    })
+}
+
+/// The summary first, then the flows (API.md §2).
+fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
+    let (mut sent, mut received, mut denied) = (0_u64, 0_u64, 0_u64);
+    for flow in &egress.flows {
+        sent = sent.saturating_add(flow.bytes_from_sandbox);
+        received = received.saturating_add(flow.bytes_to_sandbox);
+        denied += u64::from(flow.verdict == Verdict::Deny);
+    }
+    let lost = egress.counts.as_ref().is_none_or(|counts| counts.events_lost > 0);
+    let summary = json!({
+        "kernel": egress.counts,
+        "proxy": {
+            "connections": egress.flows.len() as u64 - denied,
+            "denied": denied,
+            "bytes_sent": sent,
+            "bytes_received": received,
+        },
+        "profile_hash": profile_hash,
+        "program_hash": gate.enforcer.program_hash(),
+        "not_seen": NOT_SEEN,
+        "incomplete": egress.incomplete || lost,
+    });
+    std::iter::once(summary)
+        .chain(egress.refusals.iter().filter_map(|event| {
+            let mut flow = serde_json::to_value(event).ok()?;
+            flow["verdict"] = json!("deny");
+            flow["decided_by"] = json!("kernel");
+            Some(flow)
+        }))
+        .chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()))
+        .collect()
+}
+
+/// Notes that an authenticated caller was refused. The refusal stands whether or not the note is written: nothing ran.
+pub async fn refusal(gate: &Gate, caller: &Caller, action_id: &str, refused: &Refused) {
+    let event = EventDraft {
+        event_type: "refused".to_owned(),
+        trace_id: refused.trace_id.clone(),
+        decision_id: refused.decision_id.clone(),
+        action_id: action_id.to_owned(),
+        principal: caller.principal().to_owned(),
+        session_id: caller.session_id().to_owned(),
+        decision: "deny".to_owned(),
+        at: Timestamp::now(),
+        details: json!({
+            "cause": refused.cause.to_string(),
+            "listener": caller.listener().name,
+        }),
+    };
+    if let Err(error) = gate.ledger.event(event).await {
+        tracing::error!(%error, decision_id = refused.decision_id, "a refusal is not in the ledger");
+    }
+}

@@ -1,0 +1,153 @@
+//! What an operator's socket answers (API.md §5): its own directory, its own keys, none of the agents' routes.
+
+use std::sync::Arc;
+
+use hyper::body::Incoming;
+use hyper::{Request, StatusCode, header};
+use serde_json::json;
+
+use super::{Answer, error};
+use crate::auth::operator::AuthenticatedOperator;
+use crate::gate::{Gate, Readiness};
+use crate::ledger::EventDraft;
+use crate::pipeline::{Ids, Refusal, Refused};
+use crate::time::Timestamp;
+
+/// Bases that an operator's proof may name.
+const BASES: [&str; 2] = ["http://localhost", "http://latchgate-operator"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    Status,
+    ReceiptKeys,
+    AuditVerify,
+    Profiles,
+    Metrics,
+    Drain,
+}
+
+impl Route {
+    fn of(path: &str) -> Option<Self> {
+        Some(match path {
+            "/v1/admin/status" => Self::Status,
+            "/v1/receipt-keys" => Self::ReceiptKeys,
+            "/v1/audit/verify" => Self::AuditVerify,
+            "/v1/egress/profiles" => Self::Profiles,
+            "/metrics" => Self::Metrics,
+            "/v1/admin/drain" => Self::Drain,
+            _ => return None,
+        })
+    }
+
+    const fn allow(self) -> &'static str {
+        match self {
+            Self::Drain => "POST",
+            _ => "GET",
+        }
+    }
+}
+
+/// Answers one request of an operator. Each one, refused or not, is an event.
+pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
+    let ids = Ids::mint();
+    let path = request.uri().path().to_owned();
+    let operator = authenticate(&gate, &request);
+    let name = operator.as_ref().map(|operator| operator.name().to_owned()).ok();
+    let answered = match operator {
+        Err(cause) => Err(cause),
+        Ok(_) => route(&gate, &path, request.method().as_str()).await,
+    };
+    let event = EventDraft {
+        event_type: "operator_call".to_owned(),
+        trace_id: ids.trace_id.clone(),
+        decision_id: ids.decision_id.clone(),
+        action_id: String::new(),
+        principal: String::new(),
+        session_id: String::new(),
+        decision: if answered.is_ok() { "allow" } else { "deny" }.to_owned(),
+        details: json!({"operator": name, "method": request.method().as_str(), "path": path}),
+        at: Timestamp::now(),
+    };
+    // Only a known operator's calls are kept: whoever can merely reach the socket must not fill the ledger.
+    if name.is_some()
+        && let Err(error) = gate.ledger.event(event).await
+    {
+        tracing::error!(%error, "an operator's call is not in the ledger");
+        return error::answer(&Refused::new(&ids, Refusal::Evidence { message: error.to_string() }));
+    }
+    answered.unwrap_or_else(|cause| {
+        gate.metrics.refused(&cause);
+        error::answer(&Refused::new(&ids, cause))
+    })
+}
+
+fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<AuthenticatedOperator, Refusal> {
+    let values = |name: &str| -> Vec<&[u8]> { request.headers().get_all(name).iter().map(|value| value.as_bytes()).collect() };
+    let (authorization, dpop) = (values(header::AUTHORIZATION.as_str()), values("dpop"));
+    let bases: Vec<String> = BASES.iter().map(|base| (*base).to_owned()).collect();
+    Ok(gate.operators.authenticate(&crate::auth::Presented {
+        authorization: &authorization,
+        dpop: &dpop,
+        method: request.method().as_str(),
+        path: request.uri().path(),
+        bases: &bases,
+        listener: "operator",
+        require_body_binding: false,
+        now: Timestamp::now(),
+    })?)
+}
+
+async fn route(gate: &Arc<Gate>, path: &str, method: &str) -> Result<Answer, Refusal> {
+    let route = Route::of(path).ok_or(Refusal::NotFound)?;
+    if method != route.allow() {
+        return Err(Refusal::MethodNotAllowed { allow: route.allow() });
+    }
+    let body = match route {
+        Route::Status => status(gate),
+        Route::ReceiptKeys => gate.ledger.keys().jwks(),
+        Route::AuditVerify => {
+            let gate = Arc::clone(gate);
+            let report = tokio::task::spawn_blocking(move || gate.verify_ledger())
+                .await
+                .map_err(|error| Refusal::Internal { message: error.to_string() })?
+                .map_err(|error| Refusal::Store { message: error.to_string() })?;
+            serde_json::to_value(report).map_err(|error| Refusal::Internal { message: error.to_string() })?
+        }
+        Route::Profiles => {
+            let profile = |manifest: &crate::action::manifest::Manifest| {
+                json!({
+                    "action_id": manifest.action_id,
+                    "profile": manifest.profile.to_public(),
+                    "profile_hash": manifest.profile.hash(),
+                })
+            };
+            json!({"profiles": gate.registry.actions().map(|manifest| profile(manifest)).collect::<Vec<_>>()})
+        },
+        Route::Metrics => return Ok(gate.metrics.exposition()),
+        Route::Drain => {
+            gate.drain();
+            json!({"status": "draining"})
+        }
+    };
+    Ok(super::json(StatusCode::OK, &body))
+}
+
+fn status(gate: &Gate) -> serde_json::Value {
+    let (status, reason) = match gate.readiness() {
+        Readiness::Ready => ("ready", None),
+        Readiness::Degraded(reason) => ("degraded", Some(reason)),
+        Readiness::NotReady(reason) => ("not_ready", Some(reason)),
+    };
+    json!({
+        "status": status,
+        "reason": reason,
+        "version": env!("CARGO_PKG_VERSION"),
+        "instance": gate.config.instance,
+        "workspace": gate.config.workspace,
+        "log_id": gate.ledger.log_id(),
+        "policy_version": gate.policy.policy_version(),
+        "program_hash": gate.enforcer.program_hash(),
+        "actions": gate.registry.actions().count(),
+        "running": gate.running(),
+    })
+}

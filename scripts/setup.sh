@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Installs what a target of the Makefile needs and this machine lacks. Usage: setup.sh demo|test
+set -euo pipefail
+cd "$(dirname "$0")/.."
+purpose=${1:?demo or test}
+cache=${LATCHGATE_CACHE:-$HOME/.cache/latchgate}
+mkdir -p "$cache"
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+packages=()
+want() { command -v "$1" >/dev/null 2>&1 || packages+=("$2"); }
+want gcc gcc
+want curl curl
+want make make
+want git git
+want python3 python3
+python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+if ! cargo --version 2>/dev/null | awk '{split($2, v, "."); exit !(v[1] > 1 || v[2] >= 95)}'; then
+    packages+=(rustc-web cargo-web)
+fi
+if [ "$purpose" = test ]; then
+    # The kernel program is rebuilt from source: that takes a compiler and the library source that matches it.
+    [ -x /usr/bin/rustc ] && dpkg -s rustc-web >/dev/null 2>&1 || packages+=(rustc-web)
+    dpkg -s rust-web-src >/dev/null 2>&1 || packages+=(rust-web-src)
+    want ip iproute2
+    want openssl openssl
+fi
+if [ ${#packages[@]} -gt 0 ]; then
+    echo "setup: installing ${packages[*]}"
+    as_root apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive as_root apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+fi
+
+venv=$cache/venv
+if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import latchgate' 2>/dev/null; then
+    echo "setup: the published client, in $venv"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check 'latchgate==0.2.0'
+fi

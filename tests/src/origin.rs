@@ -1,0 +1,112 @@
+//! An origin over TLS or in the clear, on loopback, that keeps what it was sent.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::ServerConfig;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+
+/// A certificate authority of a test's own.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    pub pem: String,
+}
+
+impl Default for Authority {
+    fn default() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(rcgen::DnType::CommonName, "LatchGate test CA");
+        let certificate = params.self_signed(&key).unwrap();
+        Self { pem: certificate.pem(), issuer: Issuer::new(params, key) }
+    }
+}
+
+impl Authority {
+    fn server(&self, names: &[&str]) -> ServerConfig {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![certificate.der().clone()],
+                PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
+            )
+            .unwrap()
+    }
+}
+
+/// A running origin. Every request is answered with `response`; each request's bytes are kept.
+pub struct Origin {
+    pub address: SocketAddr,
+    requests: Arc<Mutex<Vec<String>>>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Origin {
+    /// TLS for `names`, on a port of the system's choice.
+    pub fn tls(authority: &Authority, names: &[&str], address: IpAddr, response: &str) -> Self {
+        Self::start(Some(authority.server(names)), SocketAddr::new(address, 0), response)
+    }
+
+    pub fn clear(address: IpAddr, response: &str) -> Self {
+        Self::start(None, SocketAddr::new(address, 0), response)
+    }
+
+    fn start(tls: Option<ServerConfig>, address: SocketAddr, response: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = runtime.block_on(TcpListener::bind(address)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let requests: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (kept, response) = (Arc::clone(&requests), response.to_owned());
+        let acceptor = tls.map(|config| TlsAcceptor::from(Arc::new(config)));
+        runtime.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (acceptor, kept, response) = (acceptor.clone(), Arc::clone(&kept), response.clone());
+                tokio::spawn(async move {
+                    match acceptor {
+                        None => answer(stream, &kept, &response).await,
+                        Some(acceptor) => {
+                            if let Ok(stream) = acceptor.accept(stream).await {
+                                answer(stream, &kept, &response).await;
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        Self { address, requests, _runtime: runtime }
+    }
+
+    /// The heads of the requests that arrived, in order.
+    pub fn requests(&self) -> Vec<String> {
+        self.requests.lock().unwrap().clone()
+    }
+}
+
+async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, kept: &Mutex<Vec<String>>, response: &str) {
+    let mut bytes = Vec::new();
+    let mut chunk = [0_u8; 4096];
+    while !bytes.windows(4).any(|window| window == b"\r\n\r\n") {
+        match stream.read(&mut chunk).await {
+            Ok(read) if read > 0 => bytes.extend_from_slice(&chunk[..read]),
+            _ => break,
+        }
+    }
+    kept.lock().unwrap().push(String::from_utf8_lossy(&bytes).into_owned());
+    let text = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{response}",
+        response.len()
+    );
+    let _ = stream.write_all(text.as_bytes()).await;
+    let _ = stream.shutdown().await;
+}
