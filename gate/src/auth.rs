@@ -16,6 +16,8 @@ pub mod lease;
 pub mod operator;
 pub mod peer;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use dpop::{Expected, MAX_SKEW_SECONDS, Proof, ProofError};
