@@ -17,6 +17,8 @@ pub mod operator;
 pub mod operator_key;
 pub mod peer;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use dpop::{Expected, MAX_SKEW_SECONDS, Proof, ProofError};

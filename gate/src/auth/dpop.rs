@@ -200,3 +200,6 @@ fn check_time(iat: i64, expected: &Expected<'_>) -> Result<(), ProofError> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -58,7 +58,11 @@ impl Operators {
     /// `identity_unauthenticated` for a key that is nobody's; for the proof as with a lease.
     pub fn authenticate(&self, request: &Presented<'_>) -> Result<AuthenticatedOperator, AuthError> {
         self.clock.check(request.now)?;
-        let token = dpop_token(request.authorization)?.ok_or(AuthError::UnknownOperator)?;
+        let token = match dpop_token(request.authorization) {
+            Ok(Some(token)) => token,
+            Ok(None) | Err(AuthError::SeveralHeaders) => return Err(AuthError::UnknownOperator),
+            Err(error) => return Err(error),
+        };
         let digest = hash::sha256(token);
         // All are compared, so that the time tells nothing about who is configured.
         let found = self.operators.iter().fold(None, |found, operator| {
