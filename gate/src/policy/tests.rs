@@ -1,0 +1,496 @@
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::embedded::{Embedded, File, PolicyLoadError};
+use super::*;
+
+/// An ACL as an operator would write it.
+const DATA: &str = r#"{"acl": {
+    "*": {"allowed_actions": ["http_post"]},
+    "named": {"allowed_actions": ["http_fetch", "http_post", "http_delete"], "only_named": true},
+    "narrow": {"allowed_actions": ["http_post"], "allowed_sinks": ["http_read"]},
+    "barred": {"allowed_actions": ["http_post"], "denied_actions": ["http_post", "http_fetch"]},
+    "empty": {"allowed_actions": []},
+    "odd": null
+}}"#;
+
+fn with_data(data: &str) -> Embedded {
+    let mut files = Embedded::builtin_files();
+    files.iter_mut().find(|file| file.name == "data.json").unwrap().text = data.to_owned();
+    Embedded::load(&files).unwrap()
+}
+
+fn policy(rego: &str) -> Embedded {
+    Embedded::load(&[file("p.rego", &format!("package latchgate\nimport rego.v1\n{rego}"))]).unwrap()
+}
+
+fn file(name: &str, text: &str) -> File {
+    File { name: name.to_owned(), text: text.to_owned() }
+}
+
+struct Case {
+    principal: &'static str,
+    action: &'static str,
+    risk: RiskLevel,
+    verdict: TrustVerdict,
+    scopes: Vec<String>,
+    required: Vec<String>,
+    sinks: Vec<String>,
+    calls: Option<u64>,
+    unresolved: Vec<String>,
+    egress: Value,
+    params: Map<String, Value>,
+}
+
+impl Case {
+    fn new(principal: &'static str, action: &'static str, risk: RiskLevel) -> Self {
+        Self {
+            principal,
+            action,
+            risk,
+            verdict: TrustVerdict::DigestOk,
+            scopes: vec!["tools:call".into()],
+            required: vec!["tools:call".into()],
+            sinks: vec!["http_read".into()],
+            calls: Some(3),
+            unresolved: Vec::new(),
+            egress: json!({"proxy_allowlist": {"allowed_domains": ["example.com"]}}),
+            params: Map::new(),
+        }
+    }
+
+    fn input(&self) -> PolicyInput<'_> {
+        PolicyInput {
+            principal: self.principal,
+            session_id: "0197",
+            scopes: &self.scopes,
+            required_scopes: &self.required,
+            action_id: self.action,
+            action_version: "1.0.0",
+            action_risk_level: self.risk,
+            action_trust_verdict: self.verdict,
+            request_hash: "sha256:00",
+            requested_sinks: &self.sinks,
+            requested_secrets: Vec::new(),
+            egress_profile: self.egress.clone(),
+            budgets_before: BudgetsBefore { calls_remaining: self.calls },
+            unresolved_domains: &self.unresolved,
+            params: &self.params,
+            peer: Peer { listener: "default", uid: Some(1000), ..Peer::default() },
+        }
+    }
+
+    fn change(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Said {
+    Allow,
+    Hold,
+    /// A part of the reason.
+    Deny(&'static str),
+}
+
+fn check(engine: &Embedded, name: &str, case: &Case, said: &Said) {
+    let decision = engine.evaluate(&case.input()).unwrap();
+    let fits = match (&decision, said) {
+        (PolicyDecision::Allow(_), Said::Allow) | (PolicyDecision::Hold { .. }, Said::Hold) => true,
+        (PolicyDecision::Deny { reason }, Said::Deny(part)) => reason.contains(part),
+        _ => false,
+    };
+    assert!(fits, "{name}: {decision:?}, and not {said:?}");
+}
+
+#[test]
+fn the_default_policy_decides() {
+    use RiskLevel::{Critical, High, Low, Medium};
+    use Said::{Allow, Deny, Hold};
+    let engine = with_data(DATA);
+    let case = Case::new;
+    let scopes = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
+    let unnamed = "does not name this action";
+    let table: Vec<(&str, Case, Said)> = vec![
+        // Risk, for a principal that only `*` knows.
+        ("low, not named", case("uid-1000", "http_fetch", Low), Allow),
+        ("low, named", case("uid-1000", "http_post", Low), Allow),
+        ("medium, named", case("uid-1000", "http_post", Medium), Allow),
+        ("medium, not named", case("uid-1000", "http_put", Medium), Deny(unnamed)),
+        ("high, named", case("uid-1000", "http_post", High), Hold),
+        ("high, not named", case("uid-1000", "http_delete", High), Hold),
+        ("critical", case("uid-1000", "http_delete", Critical), Hold),
+        // Entries of their own: `*` adds nothing to them.
+        ("own entry, medium not named", case("empty", "http_post", Medium), Deny(unnamed)),
+        ("own entry, low not named", case("empty", "http_fetch", Low), Allow),
+        ("own entry, high not named", case("empty", "http_delete", High), Hold),
+        ("only named, low named", case("named", "http_fetch", Low), Allow),
+        ("only named, low not named", case("named", "web_read", Low), Deny(unnamed)),
+        ("only named, medium named", case("named", "http_post", Medium), Allow),
+        ("only named, high named", case("named", "http_delete", High), Hold),
+        ("only named, high not named", case("named", "http_put", High), Deny(unnamed)),
+        ("only named, critical not named", case("named", "http_put", Critical), Deny(unnamed)),
+        ("denied and named", case("barred", "http_post", Medium), Deny("ACL denies this action")),
+        ("denied and low", case("barred", "http_fetch", Low), Deny("ACL denies this action")),
+        ("denied and high", case("barred", "http_fetch", High), Deny("ACL denies this action")),
+        ("not denied", case("barred", "web_read", Low), Allow),
+        ("an entry that is none", case("odd", "http_fetch", Low), Deny("not in the ACL")),
+        ("a name that is like another", case("Empty", "http_post", Medium), Allow),
+        // Digest.
+        (
+            "digest mismatch",
+            case("uid-1000", "http_fetch", Low).change(|c| c.verdict = TrustVerdict::DigestMismatch),
+            Deny("not the one that was registered"),
+        ),
+        (
+            "not registered",
+            case("uid-1000", "nothing", Low).change(|c| c.verdict = TrustVerdict::NotRegistered),
+            Deny("not the one that was registered"),
+        ),
+        (
+            "digest mismatch is not held",
+            case("uid-1000", "http_delete", High).change(|c| c.verdict = TrustVerdict::DigestMismatch),
+            Deny("not the one that was registered"),
+        ),
+        // Scope.
+        ("no scope", case("uid-1000", "http_fetch", Low).change(|c| c.scopes.clear()), Deny("scope tools:call")),
+        (
+            "another scope",
+            case("uid-1000", "http_fetch", Low).change(|c| c.scopes = scopes(&["audit:read"])),
+            Deny("scope tools:call"),
+        ),
+        (
+            "tools:call is asked for even by an action that does not say so",
+            case("uid-1000", "http_fetch", Low).change(|c| {
+                c.scopes.clear();
+                c.required.clear();
+            }),
+            Deny("scope tools:call"),
+        ),
+        (
+            "required scope missing",
+            case("uid-1000", "http_fetch", Low).change(|c| c.required = scopes(&["tools:call", "mail:send"])),
+            Deny("scope mail:send"),
+        ),
+        (
+            "required scope carried",
+            case("uid-1000", "http_fetch", Low).change(|c| {
+                c.required = scopes(&["tools:call", "mail:send"]);
+                c.scopes = scopes(&["mail:send", "x:y", "tools:call"]);
+            }),
+            Allow,
+        ),
+        (
+            "required scope alone",
+            case("uid-1000", "http_fetch", Low).change(|c| {
+                c.required = scopes(&["mail:send"]);
+                c.scopes = scopes(&["mail:send"]);
+            }),
+            Deny("scope tools:call"),
+        ),
+        (
+            "scopes are compared whole",
+            case("uid-1000", "http_fetch", Low).change(|c| c.scopes = scopes(&["tools:call:x", "Tools:call"])),
+            Deny("scope tools:call"),
+        ),
+        (
+            "missing scope is not held",
+            case("uid-1000", "http_delete", High).change(|c| c.scopes.clear()),
+            Deny("scope tools:call"),
+        ),
+        // Budget.
+        ("unlimited", case("uid-1000", "http_fetch", Low).change(|c| c.calls = None), Allow),
+        ("last call", case("uid-1000", "http_fetch", Low).change(|c| c.calls = Some(1)), Allow),
+        ("no call left", case("uid-1000", "http_fetch", Low).change(|c| c.calls = Some(0)), Deny("no calls are left")),
+        (
+            "no call left is not held",
+            case("uid-1000", "http_delete", High).change(|c| c.calls = Some(0)),
+            Deny("no calls are left"),
+        ),
+        ("unlimited and high", case("uid-1000", "http_delete", High).change(|c| c.calls = None), Hold),
+        // Side effects.
+        ("sink allowed", case("narrow", "http_fetch", Low), Allow),
+        (
+            "sink not allowed",
+            case("narrow", "http_post", Medium).change(|c| c.sinks = vec!["http_read".into(), "http_write".into()]),
+            Deny("side effects"),
+        ),
+        ("no sink", case("narrow", "http_fetch", Low).change(|c| c.sinks.clear()), Allow),
+        (
+            "sinks are open where the entry has no list",
+            case("uid-1000", "http_post", Medium).change(|c| c.sinks = vec!["anything".into()]),
+            Allow,
+        ),
+        // Names that the profile does not have.
+        (
+            "unresolved and low",
+            case("uid-1000", "http_fetch", Low).change(|c| c.unresolved = vec!["a.example".into()]),
+            Hold,
+        ),
+        (
+            "unresolved and medium, not named",
+            case("uid-1000", "http_put", Medium).change(|c| c.unresolved = vec!["a.example".into()]),
+            Deny(unnamed),
+        ),
+        // Several reasons at once are all told.
+        (
+            "two reasons",
+            case("uid-1000", "http_put", Medium).change(|c| c.scopes.clear()),
+            Deny("for the principal; the lease does not carry"),
+        ),
+        // What a caller can choose does not reach the decision.
+        (
+            "params and peer are data",
+            case("uid-1000", "http_put", Medium).change(|c| {
+                c.params = json!({"allow": true, "principal": "named", "acl": {}}).as_object().unwrap().clone();
+            }),
+            Deny(unnamed),
+        ),
+    ];
+    assert!(table.len() >= 40, "{}", table.len());
+    for (name, case, said) in &table {
+        check(&engine, name, case, said);
+    }
+}
+
+#[test]
+fn what_up_starts_with_allows_low_and_holds_high() {
+    let engine = Embedded::builtin().unwrap();
+    let case = |risk| Case::new("uid-1000", "http_fetch", risk);
+    check(&engine, "low", &case(RiskLevel::Low), &Said::Allow);
+    check(&engine, "medium", &case(RiskLevel::Medium), &Said::Deny("does not name"));
+    check(&engine, "high", &case(RiskLevel::High), &Said::Hold);
+    check(&engine, "critical", &case(RiskLevel::Critical), &Said::Hold);
+}
+
+#[test]
+fn without_an_acl_nobody_is_known() {
+    for data in ["{}", r#"{"acl": {}}"#, r#"{"acl": []}"#, r#"{"acl": {"someone": {}}}"#] {
+        let engine = with_data(data);
+        for risk in [RiskLevel::Low, RiskLevel::Medium, RiskLevel::High] {
+            check(&engine, data, &Case::new("uid-1000", "http_fetch", risk), &Said::Deny("not in the ACL"));
+        }
+    }
+}
+
+#[test]
+fn the_input_is_the_contracts() {
+    let case = Case::new("uid-1000", "http_fetch", RiskLevel::Low).change(|c| c.calls = None);
+    assert_eq!(
+        serde_json::to_value(case.input()).unwrap(),
+        json!({
+            "principal": "uid-1000", "session_id": "0197", "scopes": ["tools:call"], "required_scopes": ["tools:call"],
+            "action_id": "http_fetch", "action_version": "1.0.0", "action_risk_level": "low",
+            "action_trust_verdict": "digest_ok", "request_hash": "sha256:00", "requested_sinks": ["http_read"],
+            "requested_secrets": [], "egress_profile": {"proxy_allowlist": {"allowed_domains": ["example.com"]}},
+            "budgets_before": {}, "params": {}, "peer": {"listener": "default", "uid": 1000},
+        })
+    );
+    let case = case.change(|c| {
+        c.calls = Some(7);
+        c.unresolved = vec!["a.example".into()];
+    });
+    let input = serde_json::to_value(case.input()).unwrap();
+    assert_eq!(input["budgets_before"], json!({"calls_remaining": 7}));
+    assert_eq!(input["unresolved_domains"], json!(["a.example"]));
+}
+
+/// In the style of policies that are in the field: an else-chain, data of its own, `budgets_after`.
+const FIELD_STYLE: &str = r#"
+default decision := {"allow": false, "deny_reason": "no matching allow rule"}
+decision := r if { r := _untrusted } else := r if { r := _acl } else := r if { r := _hold } else := r if { r := _ok }
+_untrusted := {"allow": false, "deny_reason": "untrusted"} if input.action_trust_verdict != "digest_ok"
+_acl := {"allow": false, "deny_reason": sprintf("principal '%s' may not call '%s'", [input.principal, input.action_id])} if {
+    not _has
+}
+_has if {
+    some action in data.acl[input.principal].allowed_actions
+    action == input.action_id
+}
+_terms := {
+    "budgets_after": {"calls_remaining": input.budgets_before.calls_remaining - 1},
+    "allowed_sinks": data.acl[input.principal].allowed_sinks,
+    "approved_secrets": object.get(input, "requested_secrets", []),
+    "approved_egress": object.get(input, "egress_profile", "none"),
+    "policy_version": data.policy_version,
+}
+_hold := object.union(_terms, {"allow": true, "requires_approval": true}) if input.action_risk_level in {"high", "critical"}
+_hold := object.union(_terms, {"allow": true, "requires_approval": true}) if count(object.get(input, "unresolved_domains", [])) > 0
+_ok := object.union(_terms, {"allow": true, "requires_approval": false}) if count(object.get(input, "unresolved_domains", [])) == 0
+"#;
+
+#[test]
+fn a_policy_from_the_field_works() {
+    let engine = Embedded::load(&[
+        file("latchgate.rego", &format!("package latchgate\n\nimport rego.v1\n{FIELD_STYLE}")),
+        file(
+            "data.json",
+            r#"{"policy_version": "m1", "acl": {"agent:a": {"allowed_actions": ["http_fetch"], "allowed_sinks": ["http_read"]}}}"#,
+        ),
+    ])
+    .unwrap();
+    let case = |risk| Case::new("agent:a", "http_fetch", risk);
+    let PolicyDecision::Allow(terms) = engine.evaluate(&case(RiskLevel::Medium).input()).unwrap() else { panic!() };
+    assert_eq!(terms.label(), Some("m1"));
+    assert_eq!(terms.sinks(&["http_read".into(), "http_write".into()]), ["http_read"]);
+    let profile =
+        Profile::allowlist([crate::egress::profile::DomainEntry::Plain("example.com".into()).compile().unwrap().0]);
+    assert_eq!(terms.profile(&profile), profile);
+    let held = engine.evaluate(&case(RiskLevel::High).input()).unwrap();
+    assert!(matches!(held, PolicyDecision::Hold { approvers_required: 1, not_the_requester: false, .. }), "{held:?}");
+    let unresolved = case(RiskLevel::Low).change(|c| c.unresolved = vec!["x.example".into()]);
+    check(&engine, "unresolved", &unresolved, &Said::Hold);
+    check(&engine, "other", &Case::new("agent:b", "http_fetch", RiskLevel::Low), &Said::Deny("'agent:b' may not call"));
+    let bad = case(RiskLevel::Low).change(|c| c.verdict = TrustVerdict::DigestMismatch);
+    check(&engine, "digest", &bad, &Said::Deny("untrusted"));
+}
+
+#[test]
+fn outputs_of_a_wrong_type_are_never_an_allow() {
+    for output in [
+        r#""allow""#,
+        "true",
+        "[]",
+        "null",
+        "{}",
+        r#"{"allow": "true"}"#,
+        r#"{"allow": 1}"#,
+        r#"{"allow": null}"#,
+        r#"{"Allow": true}"#,
+        r#"{"allow": true, "requires_approval": "yes"}"#,
+        r#"{"allow": true, "requires_approval": 1}"#,
+        r#"{"allow": true, "requires_approval": true, "approvers_required": 0}"#,
+        r#"{"allow": true, "requires_approval": true, "approvers_required": -1}"#,
+        r#"{"allow": true, "requires_approval": true, "approvers_required": 1.5}"#,
+        r#"{"allow": true, "requires_approval": true, "not_the_requester": "x"}"#,
+        r#"{"allow": true, "allowed_sinks": "http_read"}"#,
+        r#"{"allow": true, "approved_secrets": [1]}"#,
+        r#"{"allow": true, "approved_secrets": {"A": true}}"#,
+        r#"{"allow": true, "approved_egress": "proxy_allowlist"}"#,
+        r#"{"allow": true, "approved_egress": ["example.com"]}"#,
+        r#"{"allow": true, "approved_egress": {"proxy_allowlist": {"allowed_domains": "example.com"}}}"#,
+        r#"{"allow": true, "policy_version": 3}"#,
+        r#"{"allow": false, "deny_reason": 3}"#,
+        r#"{"allow": false, "deny_reason": {"a": 1}}"#,
+    ] {
+        let engine = policy(&format!("decision := {output}"));
+        let case = Case::new("uid-1000", "http_fetch", RiskLevel::Low);
+        let answer = engine.evaluate(&case.input());
+        assert!(matches!(answer, Err(PolicyError::Invalid(_))), "{output}: {answer:?}");
+    }
+}
+
+#[test]
+fn undefined_conflicting_and_failing_decisions_are_no_allow() {
+    let case = Case::new("uid-1000", "http_fetch", RiskLevel::Low);
+    let undefined = policy(r#"decision := {"allow": true} if input.action_id == "other""#);
+    check(&undefined, "undefined", &case, &Said::Deny("no rule"));
+    let conflicting =
+        policy("decision := {\"allow\": true} if input.principal\ndecision := {\"allow\": false} if input.principal");
+    assert!(matches!(conflicting.evaluate(&case.input()), Err(PolicyError::Invalid(_))));
+    // A failure of one call does not spoil the next.
+    let sometimes =
+        policy("decision := {\"allow\": true}\ndecision := {\"allow\": false} if input.action_id == \"other\"");
+    let other = Case::new("uid-1000", "other", RiskLevel::Low);
+    for _ in 0..3 {
+        assert!(matches!(sometimes.evaluate(&other.input()), Err(PolicyError::Invalid(_))));
+        check(&sometimes, "after a failure", &case, &Said::Allow);
+    }
+}
+
+#[test]
+fn allow_false_wins_over_everything_else() {
+    let engine =
+        policy(r#"decision := {"allow": false, "requires_approval": true, "approved_egress": input.egress_profile}"#);
+    check(&engine, "no", &Case::new("uid-1000", "http_fetch", RiskLevel::Low), &Said::Deny("gave no reason"));
+}
+
+#[test]
+fn reasons_are_short_and_printable() {
+    let engine = policy(r#"decision := {"allow": false, "deny_reason": sprintf("no: %s", [input.params.q])}"#);
+    let case = Case::new("uid-1000", "http_fetch", RiskLevel::Low).change(|c| {
+        c.params = json!({"q": format!("a\r\nb\u{1b}[31m{}", "é".repeat(600))}).as_object().unwrap().clone();
+    });
+    let PolicyDecision::Deny { reason } = engine.evaluate(&case.input()).unwrap() else { panic!() };
+    assert!(reason.starts_with("no: a  b [31m") && reason.len() <= MAX_REASON_BYTES, "{reason}");
+}
+
+#[test]
+fn a_policy_that_does_not_end_is_stopped() {
+    let rego = "package latchgate\nimport rego.v1\n\
+        decision := {\"allow\": count([1 | some a in n; some b in n; some c in n; a + b + c < 0]) == 0} if input.principal\n\
+        n := numbers.range(1, 2000)\n";
+    let engine = Embedded::load_with_limit(&[file("slow.rego", rego)], Duration::from_millis(50)).unwrap();
+    let case = Case::new("uid-1000", "http_fetch", RiskLevel::Low);
+    let before = std::time::SystemTime::now();
+    for _ in 0..2 {
+        assert_eq!(engine.evaluate(&case.input()), Err(PolicyError::Timeout));
+    }
+    assert!(before.elapsed().unwrap() < Duration::from_secs(5));
+    assert_eq!(PolicyError::Timeout.code(), "policy_engine_timeout");
+}
+
+#[test]
+fn what_is_no_policy_does_not_load() {
+    assert_eq!(Embedded::load(&[]).unwrap_err(), PolicyLoadError::NoPolicy);
+    assert_eq!(Embedded::load(&[file("data.json", "{}")]).unwrap_err(), PolicyLoadError::NoPolicy);
+    for (name, rego) in [
+        ("syntax", "package latchgate\ndecision := {"),
+        ("other package", "package other\nimport rego.v1\ndecision := {\"allow\": true}"),
+        ("other rule", "package latchgate\nimport rego.v1\nallow := true"),
+        ("unknown function", "package latchgate\nimport rego.v1\ndecision := {\"allow\": true} if no_such_function(1)"),
+    ] {
+        assert!(Embedded::load(&[file("p.rego", rego)]).is_err(), "{name}");
+    }
+    let good = file("p.rego", "package latchgate\nimport rego.v1\ndecision := {\"allow\": data.a}");
+    for data in ["", "{", "[]", "1", "{\"a\": 1} x"] {
+        assert!(Embedded::load(&[good.clone(), file("data.json", data)]).is_err(), "{data}");
+    }
+    assert!(Embedded::load(&[good.clone(), file("1.json", "{\"a\": 1}"), file("2.json", "{\"a\": 2}")]).is_err());
+}
+
+#[test]
+fn the_version_is_of_policy_and_data() {
+    let (one, two) = (with_data(DATA), with_data("{}"));
+    assert_ne!(one.policy_version(), two.policy_version());
+    assert_eq!(one.policy_version(), with_data(DATA).policy_version());
+    let mut files = Embedded::builtin_files();
+    files.reverse();
+    assert_eq!(Embedded::load(&files).unwrap().policy_version(), Embedded::builtin().unwrap().policy_version());
+    files[0].text.push('\n');
+    assert_ne!(Embedded::load(&files).unwrap().policy_version(), Embedded::builtin().unwrap().policy_version());
+    assert!(one.policy_version().starts_with("sha256:"));
+}
+
+#[test]
+fn a_directory_loads_without_its_tests() {
+    let directory = tempfile::tempdir().unwrap();
+    for file in Embedded::builtin_files() {
+        std::fs::write(directory.path().join(file.name), file.text).unwrap();
+    }
+    std::fs::write(directory.path().join("latchgate_test.rego"), "package x\n{{{").unwrap();
+    std::fs::write(directory.path().join("test_latchgate.rego"), "package x\n{{{").unwrap();
+    std::fs::write(directory.path().join("README.md"), "x").unwrap();
+    let engine = Embedded::load_directory(directory.path()).unwrap();
+    assert_eq!(engine.policy_version(), Embedded::builtin().unwrap().policy_version());
+    assert!(Embedded::load_directory(&directory.path().join("nowhere")).is_err());
+}
+
+#[test]
+fn decisions_at_the_same_time_do_not_mix() {
+    let engine = policy(r#"decision := {"allow": false, "deny_reason": input.action_id}"#);
+    std::thread::scope(|scope| {
+        for action in ["a", "b", "c", "d"] {
+            let engine = &engine;
+            scope.spawn(move || {
+                for _ in 0..100 {
+                    let case = Case::new("uid-1000", action, RiskLevel::Low);
+                    let decision = engine.evaluate(&case.input()).unwrap();
+                    assert_eq!(decision, PolicyDecision::Deny { reason: action.to_owned() });
+                }
+            });
+        }
+    });
+}
