@@ -22,7 +22,7 @@ pub struct FlowRecord {
     pub workspace: Option<String>,
     /// The host that was asked for, parsed: a name in lower-case ASCII, or an address.
     pub name: Option<String>,
-    /// The address that was dialled.
+    /// The address that was dialled, the last one when several were tried.
     pub address: Option<IpAddr>,
     pub port: Option<u16>,
     pub protocol: Option<Protocol>,

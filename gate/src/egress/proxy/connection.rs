@@ -83,8 +83,7 @@ async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limit
 async fn reach(connection: &Connection, dialer: &Dialer, target: &Target) -> Result<Counted, Reply> {
     let addresses = dialer.authorise(&connection.state().session.profile, target).await?;
     connection.allowed();
-    let (stream, address) = dialer.connect(&addresses).await?;
-    connection.dialled(address.ip());
+    let stream = dialer.connect(&addresses, |address| connection.dialled(address)).await?;
     Ok(Counted::upstream(stream, connection.counts.clone()))
 }
 

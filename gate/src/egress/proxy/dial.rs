@@ -68,15 +68,16 @@ impl Dialer {
         Ok(addresses.into_iter().map(|address: IpAddr| SocketAddr::new(address.to_canonical(), *port)).collect())
     }
 
-    /// Connects to the first of the checked addresses that answers.
+    /// Connects to the first of the checked addresses that answers; `trying` hears of each before it is tried.
     ///
     /// # Errors
     /// The answer that the client gets, for the last address that was tried.
-    pub async fn connect(&self, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Reply> {
+    pub async fn connect(&self, addresses: &[SocketAddr], trying: impl Fn(IpAddr)) -> Result<TcpStream, Reply> {
         let mut outcome = Reply::failed("connect_failed", "the name has no address");
         for &address in addresses.iter().take(MAX_TRIES) {
+            trying(address.ip());
             match timeout(self.timeout, TcpStream::connect(address)).await {
-                Ok(Ok(stream)) => return Ok((stream, address)),
+                Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(error)) => outcome = Reply::failed(connect_reason(&error), "the connection was not accepted"),
                 Err(_) => outcome = Reply::failed("connect_timeout", "the connection was not answered in time"),
             }
