@@ -22,7 +22,7 @@ pub struct FlowRecord {
     pub workspace: Option<String>,
     /// The host that was asked for, parsed: a name in lower-case ASCII, or an address.
     pub name: Option<String>,
-    /// The address that was dialled.
+    /// The address that was dialled, the last one when several were tried.
     pub address: Option<IpAddr>,
     pub port: Option<u16>,
     pub protocol: Option<Protocol>,
@@ -31,6 +31,8 @@ pub struct FlowRecord {
     pub rule: String,
     /// How the connection ended; a verdict `allow` says nothing about whether the origin could be reached.
     pub end: End,
+    /// What failed on the way to the origin or with it: `name_not_found`, `connect_refused`, `tls_certificate`, …
+    pub error: Option<String>,
     pub bytes_from_sandbox: u64,
     pub bytes_to_sandbox: u64,
     pub bytes_to_upstream: u64,

@@ -1,0 +1,154 @@
+//! One connection of a sandbox, from its first byte to its record. Each carries one tunnel or one request, so that there
+//! is nothing after it that could be taken for another.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+
+use super::Limits;
+use super::count::Counted;
+use super::dial::Dialer;
+use super::forward;
+use super::reply::Reply;
+use super::request::{Request, Target};
+use super::session::Connection;
+use super::source::{ReadError, Source};
+use crate::egress::flow::{End, Protocol};
+
+/// How long, and for how many bytes, a client that got its answer may go on sending before its socket is closed: a
+/// socket that is closed with unread bytes resets the connection, and the answer is lost.
+const LINGER_TIME: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 1024 * 1024;
+
+/// The client's two directions.
+pub struct Client {
+    pub source: Source<ReadHalf<Counted>>,
+    pub sink: WriteHalf<Counted>,
+}
+
+/// Serves a connection until it is over for any reason, the end of its execution included.
+pub async fn serve(connection: Connection, stream: TcpStream, dialer: &Dialer, limits: &Limits) {
+    let client = Counted::sandbox(stream, connection.counts.clone(), connection.state().budget.clone());
+    let end = tokio::select! {
+        biased;
+        () = connection.state().over() => End::OpenAtClose,
+        () = sleep(limits.connection_time) => End::TimeLimit,
+        () = connection.counts.idle(limits.idle_time) => End::Idle,
+        end = handle(&connection, client, dialer, limits) => end,
+    };
+    connection.ended(if connection.counts.is_over_budget() { End::ByteLimit } else { end });
+}
+
+async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limits: &Limits) -> End {
+    let (read, sink) = tokio::io::split(client);
+    let mut client = Client { source: Source::new(read), sink };
+    let head = match timeout(limits.head_time, client.source.head()).await {
+        Err(_) => return client.answer(connection, &Reply::Slow, false).await,
+        Ok(Ok(None)) => {
+            client.close().await;
+            return End::Closed;
+        }
+        Ok(Ok(Some(head))) => head,
+        Ok(Err(ReadError::Malformed(error))) => {
+            return client.answer(connection, &Reply::Invalid { message: error.to_string() }, false).await;
+        }
+        Ok(Err(_)) => return End::ClientFailed,
+    };
+    let request = match Request::parse(&head) {
+        Ok(request) => request,
+        Err(error) => {
+            return client.answer(connection, &Reply::Invalid { message: error.to_string() }, false).await;
+        }
+    };
+    connection.asked(&request.target);
+    let head_only = request.forward.as_ref().is_some_and(|forward| forward.method == "HEAD");
+    let upstream = match reach(connection, dialer, &request.target).await {
+        Ok(upstream) => upstream,
+        Err(reply) => return client.answer(connection, &reply, head_only).await,
+    };
+    match request.forward {
+        None => tunnel(client, upstream).await,
+        Some(request_to_pass) if request.target.protocol == Protocol::Https => {
+            match dialer.secure(upstream, &request.target.host).await {
+                Ok(upstream) => forward::exchange(connection, client, upstream, &request_to_pass).await,
+                Err(reply) => client.answer(connection, &reply, head_only).await,
+            }
+        }
+        Some(request_to_pass) => forward::exchange(connection, client, upstream, &request_to_pass).await,
+    }
+}
+
+async fn reach(connection: &Connection, dialer: &Dialer, target: &Target) -> Result<Counted, Reply> {
+    let addresses = dialer.authorise(&connection.state().session.profile, target).await?;
+    connection.allowed();
+    let stream = dialer.connect(&addresses, |address| connection.dialled(address)).await?;
+    Ok(Counted::upstream(stream, connection.counts.clone()))
+}
+
+/// Joins the two sockets. An end of one direction is passed on as such, and the other goes on. What is inside is not
+/// looked at: this is where the name in a ClientHello is to be compared with the name that was asked for.
+async fn tunnel(mut client: Client, upstream: Counted) -> End {
+    let (read, mut up_sink) = tokio::io::split(upstream);
+    let mut up_source = Source::new(read);
+    if client.sink.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await.is_err() {
+        return End::ClientFailed;
+    }
+    let out = pump(&mut client.source, &mut up_sink, End::ClientFailed, End::UpstreamFailed);
+    let back = pump(&mut up_source, &mut client.sink, End::UpstreamFailed, End::ClientFailed);
+    match tokio::try_join!(out, back) {
+        Ok(_) => {
+            up_source.into_stream().unsplit(up_sink).finish();
+            client.close().await;
+            End::Closed
+        }
+        Err(end) => end,
+    }
+}
+
+async fn pump<S, W>(source: &mut Source<S>, sink: &mut W, reading: End, writing: End) -> Result<(), End>
+where
+    S: tokio::io::AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    loop {
+        let data = source.some().await.map_err(|_| reading)?;
+        let length = data.len();
+        if length == 0 {
+            return sink.shutdown().await.map_err(|_| writing);
+        }
+        sink.write_all(data).await.map_err(|_| writing)?;
+        source.consume(length);
+    }
+}
+
+impl Client {
+    /// Gives the client an answer of the proxy's own, and notes it.
+    pub async fn answer(mut self, connection: &Connection, reply: &Reply, head_only: bool) -> End {
+        match reply {
+            Reply::Denied { rule, .. } => connection.refused(rule),
+            Reply::Invalid { .. } => connection.refused("malformed"),
+            Reply::Slow => connection.refused("no_request"),
+            Reply::Failed { reason, .. } => {
+                connection.allowed();
+                connection.failed(reason);
+            }
+        }
+        let bytes = reply.to_bytes(&connection.decision_id(), head_only);
+        if self.sink.write_all(&bytes).await.is_err() {
+            return End::ClientFailed;
+        }
+        self.close().await;
+        End::Answered
+    }
+
+    /// Closes in order: what was written arrives.
+    pub async fn close(mut self) {
+        let _ = self.sink.shutdown().await;
+        let read = self.source.into_stream();
+        let mut rest = read.take(LINGER_BYTES);
+        let _ = timeout(LINGER_TIME, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+        rest.into_inner().unsplit(self.sink).finish();
+    }
+}

@@ -1,0 +1,160 @@
+//! From a parsed target to a connected socket: the profile, one look-up, every address checked, and then a dial to an
+//! address that was checked.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::ProxyError;
+use super::count::Counted;
+use super::reply::Reply;
+use super::request::Target;
+use crate::egress::address::{AllowAddresses, Host};
+use crate::egress::profile::Profile;
+use crate::egress::resolver::Resolver;
+
+/// Addresses of one name that are tried, in the order of the answer.
+const MAX_TRIES: usize = 4;
+
+/// What connects for the proxy; nothing else of the gate connects for a sandbox.
+pub struct Dialer {
+    resolver: Resolver,
+    allow: AllowAddresses,
+    tls: TlsConnector,
+    /// For one address, and for a TLS handshake.
+    timeout: Duration,
+}
+
+impl Dialer {
+    pub fn new(
+        resolver: Resolver,
+        allow: AllowAddresses,
+        ca_file: Option<&Path>,
+        timeout: Duration,
+    ) -> Result<Self, ProxyError> {
+        Ok(Self { resolver, allow, tls: connector(ca_file)?, timeout })
+    }
+
+    /// Decides where the target may be dialled: name and port by the profile, then every address of the name.
+    ///
+    /// # Errors
+    /// The answer that the client gets.
+    pub async fn authorise(&self, profile: &Profile, target: &Target) -> Result<Vec<SocketAddr>, Reply> {
+        let Target { host, port, .. } = target;
+        if let Err(denied) = profile.permits(&host.to_string(), *port) {
+            return Err(Reply::denied("not_in_profile", denied.reason.to_string()));
+        }
+        let addresses = match host {
+            Host::Address(address) => vec![*address],
+            Host::Name(name) => {
+                self.resolver.resolve(name).await.map_err(|error| Reply::failed(error.code(), error.to_string()))?
+            }
+        };
+        for &address in &addresses {
+            self.allow.check(address).map_err(|refused| {
+                Reply::denied(format!("address:{}", refused.class), format!("{host} is not public ({})", refused.class))
+            })?;
+        }
+        // A mapped address is dialled as what it was checked as.
+        Ok(addresses.into_iter().map(|address: IpAddr| SocketAddr::new(address.to_canonical(), *port)).collect())
+    }
+
+    /// Connects to the first of the checked addresses that answers; `trying` hears of each before it is tried.
+    ///
+    /// # Errors
+    /// The answer that the client gets, for the last address that was tried.
+    pub async fn connect(&self, addresses: &[SocketAddr], trying: impl Fn(IpAddr)) -> Result<TcpStream, Reply> {
+        let mut outcome = Reply::failed("connect_failed", "the name has no address");
+        for &address in addresses.iter().take(MAX_TRIES) {
+            trying(address.ip());
+            match timeout(self.timeout, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) => return Ok(stream),
+                Ok(Err(error)) => outcome = Reply::failed(connect_reason(&error), "the connection was not accepted"),
+                Err(_) => outcome = Reply::failed("connect_timeout", "the connection was not answered in time"),
+            }
+        }
+        Err(outcome)
+    }
+
+    /// Makes TLS to the origin and verifies that it is the host that was asked for (RFC 9525).
+    ///
+    /// # Errors
+    /// The answer that the client gets.
+    pub async fn secure(&self, stream: Counted, host: &Host) -> Result<TlsStream<Counted>, Reply> {
+        let name = match host {
+            Host::Name(name) => ServerName::try_from(name.clone())
+                .map_err(|_| Reply::failed("tls_name", "no certificate can be for this name"))?,
+            Host::Address(address) => ServerName::from(*address),
+        };
+        match timeout(self.timeout, self.tls.connect(name, stream)).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => Err(tls_failure(&error)),
+            Err(_) => Err(Reply::failed("tls_timeout", "the TLS handshake was not finished in time")),
+        }
+    }
+}
+
+fn connect_reason(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "connect_refused",
+        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable => "connect_unreachable",
+        io::ErrorKind::TimedOut => "connect_timeout",
+        _ => "connect_failed",
+    }
+}
+
+fn tls_failure(error: &io::Error) -> Reply {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match inner {
+        Some(rustls::Error::InvalidCertificate(why)) => {
+            Reply::failed("tls_certificate", format!("the certificate was refused: {why}"))
+        }
+        Some(rustls::Error::NoCertificatesPresented) => {
+            Reply::failed("tls_certificate", "the origin presented no certificate")
+        }
+        _ => Reply::failed("tls_failed", "the TLS handshake failed"),
+    }
+}
+
+/// Roots are those of the file if there is one, and otherwise those of the system.
+fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, ProxyError> {
+    let mut roots = rustls::RootCertStore::empty();
+    match ca_file {
+        Some(path) => {
+            let unusable = |why: String| ProxyError::CaFile { path: path.to_owned(), why };
+            let certificates: Vec<_> = CertificateDer::pem_file_iter(path)
+                .and_then(Iterator::collect)
+                .map_err(|error: rustls::pki_types::pem::Error| unusable(error.to_string()))?;
+            if certificates.is_empty() {
+                return Err(unusable("there is no certificate in it".to_owned()));
+            }
+            for certificate in certificates {
+                roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
+            }
+        }
+        None => {
+            let found = rustls_native_certs::load_native_certs();
+            let (added, _) = roots.add_parsable_certificates(found.certs);
+            if added == 0 {
+                tracing::warn!("no system root certificates: every https origin will be refused");
+            }
+        }
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| ProxyError::Tls(error.to_string()))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsConnector::from(Arc::new(config)))
+}

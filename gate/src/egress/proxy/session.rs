@@ -1,0 +1,280 @@
+//! Executions that the proxy serves at present, their connections and their records.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, broadcast, watch};
+
+use super::Limits;
+use super::count::{Budget, Counts};
+use super::request::Target;
+use crate::egress::LeafId;
+use crate::egress::flow::{End, FlowRecord, Verdict};
+use crate::egress::profile::Profile;
+use crate::ids;
+use crate::time::Timestamp;
+
+/// Whose connections these are, and what they may reach.
+#[derive(Clone, Debug)]
+pub struct Session {
+    pub execution_id: String,
+    pub action_id: String,
+    pub principal: String,
+    pub workspace: String,
+    pub profile: Arc<Profile>,
+}
+
+/// One execution that is served.
+pub struct State {
+    pub session: Session,
+    pub budget: Arc<Budget>,
+    limits: Limits,
+    closed: watch::Sender<bool>,
+    books: Mutex<Books>,
+    settled: Notify,
+    flows: broadcast::Sender<Arc<FlowRecord>>,
+}
+
+#[derive(Default)]
+struct Books {
+    live: usize,
+    records: Vec<FlowRecord>,
+    /// Stands for all connections after the records are full.
+    overflow: Option<FlowRecord>,
+}
+
+/// Why a connection of a known execution is not served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// As many are open as may be.
+    Connections,
+    /// As many were made as are recorded one by one.
+    Records,
+}
+
+/// The executions by leaf.
+#[derive(Default)]
+pub struct Registry(Mutex<HashMap<LeafId, Arc<State>>>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Registry {
+    /// Serves an execution from now on. One that had the same leaf is over: its connections are cut.
+    pub fn insert(
+        &self,
+        leaf: LeafId,
+        session: Session,
+        limits: &Limits,
+        flows: &broadcast::Sender<Arc<FlowRecord>>,
+    ) -> Arc<State> {
+        let state = Arc::new(State {
+            session,
+            budget: Arc::new(Budget::new(limits.bytes_per_execution)),
+            limits: limits.clone(),
+            closed: watch::Sender::new(false),
+            books: Mutex::default(),
+            settled: Notify::new(),
+            flows: flows.clone(),
+        });
+        if let Some(before) = lock(&self.0).insert(leaf, Arc::clone(&state)) {
+            before.closed.send_replace(true);
+        }
+        state
+    }
+
+    /// Ends the service for an execution; what is accepted from now on is nobody's.
+    pub fn remove(&self, leaf: LeafId, state: &Arc<State>) {
+        let mut served = lock(&self.0);
+        if served.get(&leaf).is_some_and(|there| Arc::ptr_eq(there, state)) {
+            served.remove(&leaf);
+        }
+        state.closed.send_replace(true);
+    }
+
+    /// Takes a connection in for the execution of this leaf. Under the lock that `remove` takes, so that every
+    /// connection is either counted before the execution ends or not taken.
+    pub fn admit(&self, leaf: LeafId, client: SocketAddr) -> Option<Result<Connection, (Arc<State>, Full)>> {
+        let served = lock(&self.0);
+        let state = served.get(&leaf)?;
+        Some(match state.enter() {
+            Ok(()) => Ok(Connection::new(Arc::clone(state), client)),
+            Err(full) => Err((Arc::clone(state), full)),
+        })
+    }
+}
+
+impl State {
+    fn enter(&self) -> Result<(), Full> {
+        let mut books = lock(&self.books);
+        if books.live + books.records.len() >= self.limits.connections_per_execution {
+            return Err(Full::Records);
+        }
+        if books.live >= self.limits.concurrent_connections_per_execution {
+            return Err(Full::Connections);
+        }
+        books.live += 1;
+        Ok(())
+    }
+
+    /// Returns once the execution is over.
+    pub async fn over(&self) {
+        // The sender lives in `self`, so that the only end is the one that is waited for.
+        let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
+    }
+
+    /// Waits until every connection is noted and gives the records, oldest end first.
+    pub async fn settle(&self) -> Vec<FlowRecord> {
+        loop {
+            let settled = self.settled.notified();
+            {
+                let mut books = lock(&self.books);
+                if books.live == 0 {
+                    let mut records = std::mem::take(&mut books.records);
+                    records.extend(books.overflow.take());
+                    return records;
+                }
+            }
+            settled.await;
+        }
+    }
+
+    /// Notes a connection that was refused without being served, and gives its decision id.
+    pub fn note_full(&self, full: Full, client: SocketAddr) -> String {
+        let mut record = blank(client);
+        self.name(&mut record);
+        let decision_id = record.decision_id.clone();
+        record.end = End::Answered;
+        match full {
+            Full::Connections => {
+                record.rule = "connection_limit".to_owned();
+                self.keep(record);
+            }
+            Full::Records => {
+                record.rule = "connections_per_execution".to_owned();
+                let mut books = lock(&self.books);
+                match &mut books.overflow {
+                    Some(overflow) => overflow.connections = overflow.connections.saturating_add(1),
+                    none => *none = Some(record),
+                }
+            }
+        }
+        decision_id
+    }
+
+    fn name(&self, record: &mut FlowRecord) {
+        let Session { execution_id, action_id, principal, workspace, .. } = self.session.clone();
+        record.execution_id = Some(execution_id);
+        record.action_id = Some(action_id);
+        record.principal = Some(principal);
+        record.workspace = Some(workspace);
+    }
+
+    fn keep(&self, record: FlowRecord) {
+        let _ = self.flows.send(Arc::new(record.clone()));
+        lock(&self.books).records.push(record);
+    }
+}
+
+/// A record that says nothing yet but that someone connected and was not served.
+pub fn blank(client: SocketAddr) -> FlowRecord {
+    FlowRecord {
+        time: Timestamp::now(),
+        execution_id: None,
+        action_id: None,
+        principal: None,
+        workspace: None,
+        name: None,
+        address: None,
+        port: None,
+        protocol: None,
+        verdict: Verdict::Deny,
+        rule: String::new(),
+        end: End::OpenAtClose,
+        error: None,
+        bytes_from_sandbox: 0,
+        bytes_to_sandbox: 0,
+        bytes_to_upstream: 0,
+        bytes_from_upstream: 0,
+        duration_ms: 0,
+        decision_id: ids::mint(),
+        client: Some(client),
+        connections: 1,
+    }
+}
+
+/// One connection that is served. It is noted when this is dropped, whatever the reason.
+pub struct Connection {
+    state: Arc<State>,
+    pub counts: Arc<Counts>,
+    record: Mutex<FlowRecord>,
+}
+
+impl Connection {
+    fn new(state: Arc<State>, client: SocketAddr) -> Self {
+        let mut record = blank(client);
+        state.name(&mut record);
+        record.rule = "no_request".to_owned();
+        Self { state, counts: Arc::new(Counts::new()), record: Mutex::new(record) }
+    }
+
+    pub fn state(&self) -> &Arc<State> {
+        &self.state
+    }
+
+    pub fn decision_id(&self) -> String {
+        lock(&self.record).decision_id.clone()
+    }
+
+    pub fn asked(&self, target: &Target) {
+        let mut record = lock(&self.record);
+        record.name = Some(target.host.to_string());
+        record.port = Some(target.port);
+        record.protocol = Some(target.protocol);
+    }
+
+    pub fn allowed(&self) {
+        let mut record = lock(&self.record);
+        record.verdict = Verdict::Allow;
+        record.rule = "profile".to_owned();
+    }
+
+    pub fn refused(&self, rule: &str) {
+        let mut record = lock(&self.record);
+        record.verdict = Verdict::Deny;
+        record.rule = rule.to_owned();
+    }
+
+    pub fn failed(&self, error: &str) {
+        lock(&self.record).error = Some(error.to_owned());
+    }
+
+    pub fn dialled(&self, address: IpAddr) {
+        lock(&self.record).address = Some(address);
+    }
+
+    pub fn ended(&self, end: End) {
+        lock(&self.record).end = end;
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let mut record = lock(&self.record).clone();
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        record.bytes_from_sandbox = read(&self.counts.from_sandbox);
+        record.bytes_to_sandbox = read(&self.counts.to_sandbox);
+        record.bytes_from_upstream = read(&self.counts.from_upstream);
+        record.bytes_to_upstream = read(&self.counts.to_upstream);
+        record.duration_ms = self.counts.elapsed_ms();
+        self.state.keep(record);
+        let mut books = lock(&self.state.books);
+        books.live -= 1;
+        if books.live == 0 {
+            self.state.settled.notify_waiters();
+        }
+    }
+}
