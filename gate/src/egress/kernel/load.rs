@@ -59,7 +59,7 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
     let actions = pins::cgroup(&config.actions)?;
     let gate = pins::cgroup(&config.gate)?;
     // Nothing in the program is relocated against the running kernel's types.
-    let mut ebpf = EbpfLoader::new().btf(None).verifier_log_level(VerifierLogLevel::DISABLE).load(OBJECT)?;
+    let mut ebpf = EbpfLoader::new().btf(None).verifier_log_level(VerifierLogLevel::DEBUG).load(OBJECT)?;
 
     let mut control: Array<_, pod::Control> = map(&mut ebpf, "CONTROL")?;
     let mut heartbeat: Array<_, u64> = map(&mut ebpf, "HEARTBEAT")?;
