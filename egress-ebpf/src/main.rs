@@ -280,14 +280,9 @@ fn on_packet(ctx: &SkBuffContext, hook: Hook) -> i32 {
             refuse::count_wire(leaf, hook, word!(ctx.skb.skb, len));
             ALLOW
         }
-        Err(reason) => refuse(&Refusal {
-            leaf,
-            hook,
-            reason,
-            family: header.family,
-            protocol: header.protocol,
-            to: header.peer,
-        }),
+        Err(reason) => {
+            refuse(&Refusal { leaf, hook, reason, family: header.family, protocol: header.protocol, to: header.peer })
+        }
     }
 }
 

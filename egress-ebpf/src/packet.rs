@@ -1,5 +1,7 @@
 //! Where a connect goes, and what a packet says about its peer.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext};
 
@@ -72,10 +74,14 @@ pub struct Header {
 
 #[inline(always)]
 fn load<const N: usize>(ctx: &SkBuffContext, offset: u32) -> Option<[u8; N]> {
-    let mut bytes = [0_u8; N];
-    // SAFETY: the helper writes N bytes into the array or fails.
-    let failed = unsafe { bpf_skb_load_bytes(ctx.skb.skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) };
-    if failed == 0 { Some(bytes) } else { None }
+    let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+    // SAFETY: the helper writes all N bytes or fails.
+    unsafe {
+        if bpf_skb_load_bytes(ctx.skb.skb.cast(), offset, bytes.as_mut_ptr().cast(), N as u32) != 0 {
+            return None;
+        }
+        Some(bytes.assume_init())
+    }
 }
 
 #[inline(always)]

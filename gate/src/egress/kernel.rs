@@ -1,1 +1,277 @@
-//! Placeholder.
+//! The wall: a kernel program on the cgroup that every action is born in.
+//!
+//! The problem. An action is a program of somebody else's. Whatever it does in user space, what leaves its cgroup must
+//! be what was decided and nothing more, also when this gate is slow, wrong, being upgraded or dead.
+//!
+//! The rule. The program is attached once, to `actions`, by links that are pinned in bpffs and so outlive this process.
+//! It looks up the leaf of whoever makes a socket, connects or sends, in a map that only this process writes. No entry,
+//! an entry past its deadline, an entry of another generation, a heartbeat older than two seconds, a packet it cannot
+//! read: dropped, with EPERM where the hook can say so, and with an event. There is no state of the gate in which the
+//! program lets through more than the entries say; when the gate dies, the heartbeat stops and all leaves close.
+//!
+//! Who is calling. The program keeps the leaf on the socket when it is made (`sock_create`), writes it to a map under
+//! the network namespace and the whole 4-tuple when the source port is known (`sock_ops` on `actions`), and moves it
+//! onto the socket that the gate accepts (`sock_ops` on the gate's own cgroup). [`Attribution::leaf_of`] reads it from
+//! there. Nothing that the client says takes part.
+//!
+//! Loading needs CAP_BPF and CAP_NET_ADMIN, and is always done by a thread that has given up everything else.
+
+// The kernel's interface: bpf(2), clone3(2), poll(2), and the promise that map values are plain bytes.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::net::{SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use aya::maps::{HashMap, MapData, MapError, SkStorage};
+use latchgate_egress_types as types;
+use tokio::sync::broadcast;
+
+use super::{Attribution, LeafId};
+
+mod counts;
+mod events;
+mod heartbeat;
+mod load;
+mod pins;
+mod pod;
+mod probe;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+pub use counts::{Denied, KernelCounts};
+pub use events::KernelEvent;
+
+use heartbeat::Heartbeat;
+
+/// The kernel program, as `cargo xtask ebpf` built it.
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/egress/kernel/latchgate.bpf.o"));
+
+/// Where the proxy listens. The only address that a leaf can reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProxyAddresses {
+    pub v4: SocketAddrV4,
+    pub v6: Option<SocketAddrV6>,
+}
+
+/// What the program is attached to.
+#[derive(Clone, Debug)]
+pub struct KernelConfig {
+    /// Names the pins; letters, digits, `-`, `_` and `.`.
+    pub instance: String,
+    /// The cgroup v2 directory whose children are the leaves.
+    pub actions: PathBuf,
+    /// The cgroup v2 directory that this process is in; the proxy's listeners must be made while it is.
+    pub gate: PathBuf,
+    /// A bpffs, or a directory where one can be mounted.
+    pub bpffs: PathBuf,
+    pub proxy: ProxyAddresses,
+}
+
+/// What the kernel lets a leaf do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelProfile {
+    /// Nothing, loopback included.
+    None,
+    /// TCP to the gate's proxy and nothing else.
+    ProxyOnly,
+}
+
+impl KernelProfile {
+    const fn kind(self) -> u32 {
+        match self {
+            Self::None => types::KIND_NONE,
+            Self::ProxyOnly => types::KIND_PROXY_ONLY,
+        }
+    }
+}
+
+/// Why the kernel program is not there, or not to be relied on. Each one means: run nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error("{0} is missing: the kernel program needs CAP_BPF and CAP_NET_ADMIN")]
+    Privilege(&'static str),
+    #[error("{0:?} is no name for an instance")]
+    Instance(String),
+    #[error("{0} is not a cgroup v2 directory")]
+    NotCgroup2(PathBuf),
+    #[error("{path} is not a bpffs and cannot be made one ({source}): mount -t bpf bpf {path}")]
+    NoBpffs { path: PathBuf, source: io::Error },
+    #[error("another gate holds {0}")]
+    InUse(PathBuf),
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("loading the kernel program: {0}")]
+    Load(#[from] aya::EbpfError),
+    #[error("{program}: {source}")]
+    Program { program: &'static str, source: aya::programs::ProgramError },
+    #[error("pinning {name}: {source}")]
+    Pin { name: String, source: aya::pin::PinError },
+    #[error("map {map}: {source}")]
+    Map { map: &'static str, source: MapError },
+    #[error("the embedded object has no {0}")]
+    Missing(&'static str),
+    #[error("the level of a leaf in the cgroup tree was not found")]
+    NoLevel,
+    #[error("leaf {} is admitted already", .0.0)]
+    AlreadyAdmitted(LeafId),
+    #[error("leaf {} is not admitted", .0.0)]
+    NotAdmitted(LeafId),
+    #[error("too many leaves are admitted")]
+    Full,
+    #[error("{0} is no longer attached")]
+    Detached(String),
+    #[error("the heartbeat was last written {0:?} ago")]
+    HeartbeatLate(Duration),
+}
+
+impl KernelError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// The attached program. Dropping it closes every leaf at once and leaves the program attached: the next gate takes over.
+pub struct Enforcer {
+    leaves: Mutex<HashMap<MapData, u64, pod::LeafEntry>>,
+    counts: Mutex<HashMap<MapData, u64, pod::Counts>>,
+    accepted: SkStorage<MapData, pod::AcceptedSocket>,
+    generation: u64,
+    program_hash: String,
+    pins: pins::Pins,
+    // Dropped in this order: first the leaves are closed, then the reader of events ends, then another gate may start.
+    heartbeat: Heartbeat,
+    events: events::Reader,
+    _lock: OwnedFd,
+}
+
+impl Enforcer {
+    /// Loads, attaches and pins the program, starts the heartbeat, and only then takes away what a dead predecessor of
+    /// the same instance left: at no moment is `actions` without a program.
+    pub fn start(config: KernelConfig) -> Result<Self, KernelError> {
+        let lock = pins::lock(&config)?;
+        let bpffs = pins::bpffs(&config)?;
+        let generation = pins::new_generation()?;
+        let loaded = load::with_two_capabilities({
+            let config = config.clone();
+            move || load::load(&config, bpffs, generation)
+        })?;
+        let heartbeat = Heartbeat::start(loaded.heartbeat, loaded.control)?;
+        let events = events::Reader::start(loaded.events)?;
+        loaded.pins.sweep_predecessors()?;
+        Ok(Self {
+            leaves: Mutex::new(loaded.leaves),
+            counts: Mutex::new(loaded.counts),
+            accepted: loaded.accepted,
+            generation,
+            program_hash: crate::hash::sha256_tagged(OBJECT),
+            pins: loaded.pins,
+            heartbeat,
+            events,
+            _lock: lock,
+        })
+    }
+
+    /// Lets `leaf` do what `profile` says until `deadline` from now. To be called before the leaf's first process starts.
+    pub fn admit(&self, leaf: LeafId, profile: KernelProfile, deadline: Duration) -> Result<(), KernelError> {
+        const NOEXIST: u64 = 1;
+        if leaf.0 == 0 {
+            return Err(KernelError::NotAdmitted(leaf));
+        }
+        let deadline_ns = sys::boottime_ns().saturating_add(u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX));
+        let entry = types::LeafEntry {
+            leaf: leaf.0,
+            generation: self.generation,
+            deadline_ns,
+            kind: profile.kind(),
+            reserved: 0,
+        };
+        locked(&self.counts)
+            .insert(leaf.0, pod::Counts::default(), NOEXIST)
+            .map_err(|source| refused(leaf, "COUNTS", source))?;
+        let admitted = locked(&self.leaves).insert(leaf.0, pod::LeafEntry(entry), NOEXIST);
+        admitted.map_err(|source| {
+            let _ = locked(&self.counts).remove(&leaf.0);
+            refused(leaf, "LEAVES", source)
+        })
+    }
+
+    /// Takes the entry away, so that the leaf is closed, and then reads and deletes what was counted. To be called after
+    /// the leaf's processes were killed and the proxy has closed and noted its connections.
+    pub fn retire(&self, leaf: LeafId) -> Result<KernelCounts, KernelError> {
+        let removed = locked(&self.leaves).remove(&leaf.0);
+        let mut counts = locked(&self.counts);
+        let counted = counts.get(&leaf.0, 0);
+        let _ = counts.remove(&leaf.0);
+        removed.map_err(|_| KernelError::NotAdmitted(leaf))?;
+        let counted = counted.map_err(|source| KernelError::Map { map: "COUNTS", source })?;
+        Ok(counted.0.into())
+    }
+
+    /// What has been counted for an admitted leaf so far.
+    pub fn counts(&self, leaf: LeafId) -> Result<KernelCounts, KernelError> {
+        match locked(&self.counts).get(&leaf.0, 0) {
+            Ok(counts) => Ok(counts.0.into()),
+            Err(MapError::KeyNotFound) => Err(KernelError::NotAdmitted(leaf)),
+            Err(source) => Err(KernelError::Map { map: "COUNTS", source }),
+        }
+    }
+
+    /// What was counted of sockets below `actions` whose leaf had no entry.
+    pub fn counts_without_leaf(&self) -> Result<KernelCounts, KernelError> {
+        let counts = locked(&self.counts).get(&0, 0).map_err(|source| KernelError::Map { map: "COUNTS", source })?;
+        Ok(counts.0.into())
+    }
+
+    /// `sha256:<hex>` of the object that was loaded.
+    pub fn program_hash(&self) -> &str {
+        &self.program_hash
+    }
+
+    /// Asks the kernel whether each link is attached still, and whether the heartbeat is alive.
+    pub fn health(&self) -> Result<(), KernelError> {
+        self.heartbeat.health()?;
+        self.pins.check()
+    }
+
+    /// Refusals from now on. A receiver that falls behind is told how many it lost; what the kernel itself could not
+    /// hand over is `events_lost` of the leaf's counts.
+    pub fn events(&self) -> broadcast::Receiver<KernelEvent> {
+        self.events.subscribe()
+    }
+
+    /// Detaches the program and removes the pins. Only for a tree that nothing runs in any more.
+    pub fn detach(self) -> Result<(), KernelError> {
+        self.pins.remove()
+    }
+}
+
+impl Attribution for Enforcer {
+    fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId> {
+        let record = self.accepted.get(&accepted.as_raw_fd(), 0).ok()?;
+        (record.0.leaf != 0).then_some(LeafId(record.0.leaf))
+    }
+}
+
+/// The maps have no state in this process that a panic could leave half-written.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn refused(leaf: LeafId, map: &'static str, source: MapError) -> KernelError {
+    let errno = match &source {
+        MapError::SyscallError(error) => error.io_error.raw_os_error(),
+        _ => None,
+    };
+    match errno {
+        Some(libc::EEXIST) => KernelError::AlreadyAdmitted(leaf),
+        Some(libc::E2BIG) => KernelError::Full,
+        _ => KernelError::Map { map, source },
+    }
+}

@@ -1,0 +1,173 @@
+//! Loads the object with two capabilities, attaches its programs and pins the links.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::thread;
+
+use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SkStorage};
+use aya::programs::links::FdLink;
+use aya::programs::{
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, Program, ProgramError, SockOps,
+};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use latchgate_egress_types as types;
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+
+use super::pins::Pins;
+use super::{KernelConfig, KernelError, OBJECT, pins, pod, probe, sys};
+
+/// What the rest of the gate holds of the loaded program.
+pub struct Loaded {
+    pub leaves: HashMap<MapData, u64, pod::LeafEntry>,
+    pub counts: HashMap<MapData, u64, pod::Counts>,
+    pub accepted: SkStorage<MapData, pod::AcceptedSocket>,
+    pub control: Array<MapData, pod::Control>,
+    pub heartbeat: Array<MapData, u64>,
+    pub events: RingBuf<MapData>,
+    pub pins: Pins,
+}
+
+/// Runs `work` on a thread that keeps CAP_BPF and CAP_NET_ADMIN and gives up everything else, so that a kernel or a
+/// change of the program that asks for more is found at once and not in somebody's pod.
+pub fn with_two_capabilities<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
+) -> Result<T, KernelError> {
+    let thread = thread::Builder::new()
+        .name("kernel-load".into())
+        .spawn(move || {
+            reduce()?;
+            work()
+        })
+        .map_err(KernelError::io("starting the loading thread"))?;
+    thread.join().unwrap_or(Err(KernelError::Missing("result of the loading thread")))
+}
+
+fn reduce() -> Result<(), KernelError> {
+    let failed = |error: rustix::io::Errno| KernelError::io("capabilities")(error.into());
+    let permitted = capabilities(None).map_err(failed)?.permitted;
+    for (wanted, name) in [(CapabilitySet::BPF, "CAP_BPF"), (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN")] {
+        if !permitted.contains(wanted) {
+            return Err(KernelError::Privilege(name));
+        }
+    }
+    let two = CapabilitySet::BPF | CapabilitySet::NET_ADMIN;
+    let sets = CapabilitySets { effective: two, permitted: two, inheritable: CapabilitySet::empty() };
+    set_capabilities(None, sets).map_err(failed)
+}
+
+pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result<Loaded, KernelError> {
+    let actions = pins::cgroup(&config.actions)?;
+    let gate = pins::cgroup(&config.gate)?;
+    // Nothing in the program is relocated against the running kernel's types.
+    let mut ebpf = EbpfLoader::new().btf(None).verifier_log_level(VerifierLogLevel::DEBUG).load(OBJECT)?;
+
+    let mut control: Array<_, pod::Control> = map(&mut ebpf, "CONTROL")?;
+    let mut heartbeat: Array<_, u64> = map(&mut ebpf, "HEARTBEAT")?;
+    let mut counts: HashMap<_, u64, pod::Counts> = map(&mut ebpf, "COUNTS")?;
+    let level = {
+        let ancestors: Array<_, u64> = map(&mut ebpf, "PROBE")?;
+        let probe: &mut CgroupSock = program(&mut ebpf, "probe_level")?;
+        probe.load().map_err(|source| KernelError::Program { program: "probe_level", source })?;
+        probe::level(config, generation, probe, &ancestors)?
+    };
+    let refused = |map| move |source| KernelError::Map { map, source };
+    counts.insert(0, pod::Counts::default(), 0).map_err(refused("COUNTS"))?;
+    heartbeat.set(0, sys::boottime_ns(), 0).map_err(refused("HEARTBEAT"))?;
+    control.set(0, pod::Control(control_of(config, generation, level)), 0).map_err(refused("CONTROL"))?;
+
+    let mut pins = Pins::make(instance, generation)?;
+    let mut attached = Attached { pins: &mut pins, ebpf: &mut ebpf };
+    for name in ["connect4", "connect6", "sendmsg4", "sendmsg6"] {
+        attached.attach(name, &actions, |program: &mut CgroupSockAddr, cgroup| {
+            program.load()?;
+            let link = program.attach(cgroup, CgroupAttachMode::Single)?;
+            FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
+        })?;
+    }
+    attached.attach("sock_create", &actions, |program: &mut CgroupSock, cgroup| {
+        program.load()?;
+        let link = program.attach(cgroup, CgroupAttachMode::Single)?;
+        FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
+    })?;
+    for (name, direction) in [("egress", CgroupSkbAttachType::Egress), ("ingress", CgroupSkbAttachType::Ingress)] {
+        attached.attach(name, &actions, |program: &mut CgroupSkb, cgroup| {
+            program.load()?;
+            let link = program.attach(cgroup, direction, CgroupAttachMode::Single)?;
+            FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
+        })?;
+    }
+    for (name, cgroup) in [("flow_client", &actions), ("flow_gate", &gate)] {
+        attached.attach(name, cgroup, |program: &mut SockOps, cgroup| {
+            program.load()?;
+            let link = program.attach(cgroup, CgroupAttachMode::Single)?;
+            FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
+        })?;
+    }
+
+    Ok(Loaded {
+        leaves: map(&mut ebpf, "LEAVES")?,
+        counts,
+        accepted: map(&mut ebpf, "ACCEPTED")?,
+        control,
+        heartbeat,
+        events: map(&mut ebpf, "EVENTS")?,
+        pins,
+    })
+}
+
+fn control_of(config: &KernelConfig, generation: u64, level: u32) -> types::Control {
+    let (v4, v6) = (config.proxy.v4, config.proxy.v6);
+    let mut proxy_ip6 = [0_u32; 4];
+    if let Some(v6) = v6 {
+        let octets = v6.ip().octets();
+        let (words, _) = octets.as_chunks::<4>();
+        for (to, from) in proxy_ip6.iter_mut().zip(words) {
+            *to = u32::from_ne_bytes(*from);
+        }
+    }
+    types::Control {
+        generation,
+        level,
+        proxy_ip4: u32::from_ne_bytes(v4.ip().octets()),
+        proxy_ip6,
+        proxy_port4: u32::from(v4.port().to_be()),
+        proxy_port6: v6.map_or(0, |v6| u32::from(v6.port().to_be())),
+    }
+}
+
+struct Attached<'a> {
+    pins: &'a mut Pins,
+    ebpf: &'a mut Ebpf,
+}
+
+impl Attached<'_> {
+    fn attach<'p, P: 'p>(
+        &'p mut self,
+        name: &'static str,
+        cgroup: &OwnedFd,
+        attach: impl FnOnce(&'p mut P, &OwnedFd) -> Result<FdLink, ProgramError>,
+    ) -> Result<(), KernelError>
+    where
+        &'p mut P: TryFrom<&'p mut Program>,
+    {
+        let id = pins::cgroup_id(cgroup).map_err(KernelError::io("the cgroup's id"))?;
+        let program: &mut P = program(self.ebpf, name)?;
+        let link = attach(program, cgroup).map_err(|source| KernelError::Program { program: name, source })?;
+        link.pin(self.pins.path(name)).map_err(|source| KernelError::Pin { name: name.to_owned(), source })?;
+        self.pins.add_link(name, id);
+        Ok(())
+    }
+}
+
+fn map<T: TryFrom<Map>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, KernelError> {
+    let map = ebpf.take_map(name).ok_or(KernelError::Missing(name))?;
+    T::try_from(map).map_err(|_| KernelError::Missing(name))
+}
+
+fn program<'p, P: 'p>(ebpf: &'p mut Ebpf, name: &'static str) -> Result<&'p mut P, KernelError>
+where
+    &'p mut P: TryFrom<&'p mut Program>,
+{
+    let program = ebpf.program_mut(name).ok_or(KernelError::Missing(name))?;
+    <&mut P>::try_from(program).map_err(|_| KernelError::Missing(name))
+}

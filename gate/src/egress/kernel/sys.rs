@@ -1,0 +1,112 @@
+//! The system calls that no crate of ours has.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// CLOCK_BOOTTIME, the clock of `bpf_ktime_get_boot_ns`: it goes on while the machine is suspended, so a deadline does
+/// not wait for it to wake.
+pub fn boottime_ns() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+
+#[repr(C)]
+#[derive(Default)]
+struct ObjectAttributes {
+    path: u64,
+    descriptor: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttributes {
+    descriptor: u32,
+    length: u32,
+    info: u64,
+}
+
+/// The start of `struct bpf_link_info` for a link of a cgroup.
+#[repr(C)]
+#[derive(Default)]
+struct CgroupLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    cgroup: u64,
+    attach_type: u32,
+    reserved: u32,
+}
+
+fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: the attributes are a `repr(C)` prefix of `union bpf_attr` of the length that is given.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// The cgroup that the link pinned at `path` is attached to; 0 when it was detached (bpf(2), BPF_OBJ_GET_INFO_BY_FD).
+pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut object = ObjectAttributes { path: path.as_ptr() as u64, ..ObjectAttributes::default() };
+    let descriptor = bpf(BPF_OBJ_GET, &mut object)?;
+    let descriptor = i32::try_from(descriptor).map_err(io::Error::other)?;
+    // SAFETY: the call above made this descriptor, and nothing else owns it.
+    let link = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    let mut info = CgroupLinkInfo::default();
+    let mut attributes = InfoAttributes {
+        descriptor: u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?,
+        length: u32::try_from(size_of::<CgroupLinkInfo>()).map_err(io::Error::other)?,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(info.cgroup)
+}
+
+/// Waits until `descriptor` is readable or the time is over.
+pub fn wait_readable(descriptor: i32, timeout_ms: i32) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, timeout_ms) };
+    if ready < 0 { Err(io::Error::last_os_error()) } else { Ok(ready > 0) }
+}
+
+/// Starts a process in the cgroup of `directory` that tries to make one TCP socket and ends, and waits for it
+/// (clone3(2), CLONE_INTO_CGROUP).
+pub fn socket_in_cgroup(directory: &OwnedFd) -> io::Result<()> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let cgroup = u64::try_from(directory.as_raw_fd()).map_err(io::Error::other)?;
+    // No exit signal: this is nobody's SIGCHLD.
+    let mut arguments: [u64; 11] = [CLONE_INTO_CGROUP, 0, 0, 0, 0, 0, 0, 0, 0, 0, cgroup];
+    // SAFETY: `struct clone_args` is eleven 64-bit words. The child shares no memory with this process, allocates
+    // nothing, takes no lock and makes only system calls until it ends.
+    unsafe {
+        let pid = libc::syscall(libc::SYS_clone3, arguments.as_mut_ptr(), size_of_val(&arguments));
+        if pid < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if pid == 0 {
+            libc::syscall(libc::SYS_socket, libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+            libc::syscall(libc::SYS_exit_group, 0);
+        }
+        let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+        loop {
+            if libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) == pid {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+}

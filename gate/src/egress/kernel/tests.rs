@@ -1,0 +1,120 @@
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::events::parse;
+use super::*;
+use crate::time::Timestamp;
+
+fn bytes_of(event: &types::Event) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend(event.at_ns.to_ne_bytes());
+    bytes.extend(event.leaf.to_ne_bytes());
+    let words = [event.hook, event.reason, event.family, event.protocol];
+    for word in words.into_iter().chain(event.address).chain([event.address_family, event.port]) {
+        bytes.extend(word.to_ne_bytes());
+    }
+    bytes
+}
+
+fn refusal() -> types::Event {
+    types::Event {
+        at_ns: 5_000_000_000,
+        leaf: 77,
+        hook: types::Hook::Connect4 as u32,
+        reason: types::Reason::NotTheProxy as u32,
+        family: 2,
+        protocol: 6,
+        address: [u32::from_ne_bytes([203, 0, 113, 9]), 0, 0, 0],
+        address_family: 2,
+        port: 443,
+    }
+}
+
+#[test]
+fn an_event_is_read_as_it_was_written() {
+    let event = parse(&bytes_of(&refusal()), 5_250_000_000, Timestamp::from_millis(10_000)).unwrap();
+    assert_eq!(event.leaf, LeafId(77));
+    assert_eq!((event.hook, event.reason), ("connect4", "not_the_proxy"));
+    assert_eq!((event.family, event.protocol.as_str()), ("inet", "tcp"));
+    assert_eq!((event.address, event.port), (Some(IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9))), 443));
+    assert_eq!(event.time, Timestamp::from_millis(9_750));
+    assert_eq!(serde_json::to_value(&event).unwrap()["leaf"], 77);
+}
+
+#[test]
+fn bytes_that_are_no_event_are_not_read() {
+    let whole = bytes_of(&refusal());
+    let read = |bytes: &[u8]| parse(bytes, 0, Timestamp::from_millis(0));
+    assert!(read(&whole).is_some());
+    for length in 0..whole.len() {
+        assert!(read(&whole[..length]).is_none(), "{length}");
+    }
+    let with = |change: fn(&mut types::Event)| {
+        let mut event = refusal();
+        change(&mut event);
+        read(&bytes_of(&event))
+    };
+    assert!(with(|event| event.hook = 99).is_none());
+    assert!(with(|event| event.reason = 0).is_none());
+    assert!(with(|event| event.port = 65_536).is_none());
+    assert_eq!(with(|event| event.address_family = 0).unwrap().address, None);
+}
+
+#[test]
+fn map_values_have_no_padding() {
+    assert_eq!(size_of::<types::LeafEntry>(), 8 * 3 + 4 * 2);
+    assert_eq!(size_of::<types::Control>(), 8 + 4 * 8);
+    assert_eq!(size_of::<types::Counts>(), 8 * (types::HOOKS + 9));
+    assert_eq!(size_of::<types::Event>(), 8 * 2 + 4 * 10);
+    assert_eq!(size_of::<types::AcceptedSocket>(), 8);
+    assert_eq!(size_of::<types::FlowKey>(), 8 + 4 * 10);
+}
+
+#[test]
+fn counts_keep_each_hook_apart() {
+    let raw = types::Counts {
+        denied: [1, 2, 3, 4, 5, 6, 7, 8],
+        connections: 9,
+        flows_begun: 12,
+        flows_closed: 10,
+        ..types::Counts::default()
+    };
+    let counts = KernelCounts::from(raw);
+    let denied = counts.denied;
+    assert_eq!((denied.connect4, denied.connect6, denied.sendmsg4, denied.sendmsg6), (1, 2, 3, 4));
+    assert_eq!((denied.sock_create, denied.egress, denied.ingress, denied.sock_ops), (5, 6, 7, 8));
+    assert_eq!(denied.total(), 36);
+    assert_eq!((counts.connections, counts.open_flows), (9, 2));
+}
+
+#[test]
+fn the_checked_in_object_is_the_one_of_the_lock() {
+    let lock: serde_json::Value = serde_json::from_str(include_str!("latchgate.bpf.lock.json")).unwrap();
+    assert_eq!(lock["object_sha256"], crate::hash::sha256_hex(OBJECT));
+}
+
+#[test]
+fn an_instance_cannot_name_a_path() {
+    for name in ["", ".", "..", "a/b", "../x", "a b", &"x".repeat(65)] {
+        let config = KernelConfig {
+            instance: name.to_owned(),
+            actions: "/".into(),
+            gate: "/".into(),
+            bpffs: "/".into(),
+            proxy: ProxyAddresses { v4: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), v6: None },
+        };
+        assert!(matches!(Enforcer::start(config), Err(KernelError::Instance(_))), "{name}");
+    }
+}
+
+#[test]
+fn a_directory_that_is_no_cgroup_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = KernelConfig {
+        instance: "unit".to_owned(),
+        actions: directory.path().to_owned(),
+        gate: directory.path().to_owned(),
+        bpffs: directory.path().to_owned(),
+        proxy: ProxyAddresses { v4: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), v6: None },
+    };
+    assert!(matches!(Enforcer::start(config), Err(KernelError::NotCgroup2(_))));
+}

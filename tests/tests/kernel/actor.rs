@@ -1,0 +1,321 @@
+//! A process that is put into a cgroup and then tries what it is told: the test binary itself, started again.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use latchgate::egress::LeafId;
+use latchgate::egress::kernel::{Enforcer, KernelConfig, KernelProfile, ProxyAddresses};
+
+const ASKED: &str = "LATCHGATE_TEST_ACTOR";
+/// The test's own output goes the same way; replies are marked.
+const REPLY: &str = "@reply ";
+
+pub struct Actor {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Actor {
+    /// Starts it where this process is.
+    pub fn start() -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "actor_process", "--nocapture", "--test-threads=1"])
+            .env(ASKED, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdin = child.stdin.take().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut actor = Self { child, stdin, stdout };
+        assert_eq!(actor.ask("ready"), "ok");
+        actor
+    }
+
+    pub fn start_in(cgroup: &Path) -> Self {
+        let actor = Self::start();
+        actor.enter(cgroup);
+        actor
+    }
+
+    pub fn enter(&self, cgroup: &Path) {
+        std::fs::write(cgroup.join("cgroup.procs"), self.child.id().to_string()).unwrap();
+    }
+
+    pub fn tell(&mut self, command: &str) {
+        writeln!(self.stdin, "{command}").unwrap();
+    }
+
+    pub fn reply(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert_ne!(self.stdout.read_line(&mut line).unwrap(), 0, "the actor is gone");
+            if let Some(at) = line.find(REPLY) {
+                return line[at + REPLY.len()..].trim_end().to_owned();
+            }
+        }
+    }
+
+    pub fn ask(&mut self, command: &str) -> String {
+        self.tell(command);
+        self.reply()
+    }
+
+    /// SIGKILL, as an out-of-memory killer would.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Actor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the started process does. Returns at once in the test run itself.
+pub fn run() {
+    if std::env::var_os(ASKED).is_none() {
+        return;
+    }
+    let mut state = State::default();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split(' ').collect();
+        let said = match act(&mut state, &words) {
+            Ok(said) => said,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EPERM) => "EPERM".to_owned(),
+                Some(libc::ETIMEDOUT) => "timeout".to_owned(),
+                _ if matches!(error.kind(), std::io::ErrorKind::TimedOut | std::io::ErrorKind::WouldBlock) => {
+                    "timeout".to_owned()
+                }
+                _ => format!("error: {error}"),
+            },
+        };
+        println!("{REPLY}{said}");
+    }
+}
+
+#[derive(Default)]
+struct State {
+    stream: Option<TcpStream>,
+    socket: Option<OwnedFd>,
+    listener: Option<TcpListener>,
+    udp: Option<UdpSocket>,
+    enforcer: Option<Enforcer>,
+}
+
+const PATIENCE: Duration = Duration::from_millis(700);
+
+fn connect(to: &str) -> std::io::Result<TcpStream> {
+    TcpStream::connect_timeout(&to.parse().unwrap(), PATIENCE)
+}
+
+fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
+    let ok = Ok("ok".to_owned());
+    let number = |at: usize| words[at].parse::<usize>().unwrap();
+    match words[0] {
+        "ready" => ok,
+        "connect" => connect(words[1]).map(|_| "ok".to_owned()),
+        "hold" => {
+            state.stream = Some(connect(words[1])?);
+            ok
+        }
+        "write" => {
+            state.stream.as_mut().unwrap().write_all(&vec![7; number(1)])?;
+            ok
+        }
+        "read" => {
+            let stream = state.stream.as_mut().unwrap();
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.read_exact(&mut vec![0; number(1)])?;
+            ok
+        }
+        // One TCP socket made now and connected later.
+        "make" => {
+            state.socket = Some(socket(libc::AF_INET, libc::SOCK_STREAM, 0)?);
+            ok
+        }
+        "connect-made" => {
+            let to: SocketAddr = words[1].parse().unwrap();
+            connect_raw(state.socket.as_ref().unwrap(), to)?;
+            ok
+        }
+        "sendto" => {
+            let to: SocketAddr = words[1].parse().unwrap();
+            let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            UdpSocket::bind(any)?.send_to(b"datagram", to)?;
+            ok
+        }
+        "udp-connect" => {
+            let to: SocketAddr = words[1].parse().unwrap();
+            let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            UdpSocket::bind(any)?.connect(to)?;
+            ok
+        }
+        "fast-open" => {
+            let to: SocketAddr = words[1].parse().unwrap();
+            fast_open(to)?;
+            ok
+        }
+        "socket" => {
+            let argument = |at: usize| words[at].parse::<i32>().unwrap();
+            socket(argument(1), argument(2), argument(3))?;
+            ok
+        }
+        "listen" => {
+            let listener = TcpListener::bind(words[1])?;
+            let at = listener.local_addr()?.to_string();
+            state.listener = Some(listener);
+            Ok(at)
+        }
+        "udp-listen" => {
+            let udp = UdpSocket::bind(words[1])?;
+            udp.set_read_timeout(Some(PATIENCE))?;
+            let at = udp.local_addr()?.to_string();
+            state.udp = Some(udp);
+            Ok(at)
+        }
+        "udp-read" => {
+            state.udp.as_ref().unwrap().recv_from(&mut [0; 64])?;
+            ok
+        }
+        "burst" => burst(words[1].parse().unwrap(), number(2), words[3].parse().unwrap()),
+        "transfer" => transfer(words[1], words[2], number(3), number(4)),
+        "load" => {
+            let config = KernelConfig {
+                instance: words[1].to_owned(),
+                actions: words[2].into(),
+                gate: words[3].into(),
+                bpffs: words[4].into(),
+                proxy: ProxyAddresses { v4: words[5].parse().unwrap(), v6: None },
+            };
+            match Enforcer::start(config) {
+                Ok(enforcer) => {
+                    state.enforcer = Some(enforcer);
+                    ok
+                }
+                Err(error) => Ok(error.to_string()),
+            }
+        }
+        "admit" => {
+            let leaf = LeafId(words[1].parse().unwrap());
+            let enforcer = state.enforcer.as_ref().unwrap();
+            enforcer.admit(leaf, KernelProfile::ProxyOnly, Duration::from_secs(60)).unwrap();
+            ok
+        }
+        other => panic!("{other}"),
+    }
+}
+
+fn socket(family: i32, kind: i32, protocol: i32) -> std::io::Result<OwnedFd> {
+    // SAFETY: makes a descriptor that is owned here.
+    unsafe {
+        let made = libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol);
+        if made < 0 { Err(std::io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(made)) }
+    }
+}
+
+fn address_of(to: SocketAddr) -> libc::sockaddr_in {
+    let IpAddr::V4(ip) = to.ip() else { panic!("v4 only") };
+    libc::sockaddr_in {
+        sin_family: u16::try_from(libc::AF_INET).unwrap(),
+        sin_port: to.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(ip.octets()) },
+        sin_zero: [0; 8],
+    }
+}
+
+fn connect_raw(socket: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
+    let address = address_of(to);
+    // SAFETY: a valid address of the length that is given.
+    let result = unsafe {
+        libc::connect(socket.as_raw_fd(), (&raw const address).cast(), u32::try_from(size_of_val(&address)).unwrap())
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn fast_open(to: SocketAddr) -> std::io::Result<()> {
+    let (socket, address) = (socket(libc::AF_INET, libc::SOCK_STREAM, 0)?, address_of(to));
+    // SAFETY: valid buffers of the lengths that are given.
+    let result = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            b"early".as_ptr().cast(),
+            5,
+            libc::MSG_FASTOPEN,
+            (&raw const address).cast(),
+            u32::try_from(size_of_val(&address)).unwrap(),
+        )
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `count` connections to the proxy at `port`, v4, v6 and mapped in turn, each saying `tag`; half of them are closed
+/// before the proxy can have accepted them.
+fn burst(port: u16, count: usize, tag: u64) -> std::io::Result<String> {
+    for at in 0..count {
+        let host = match at % 4 {
+            0 | 1 => "127.0.0.1",
+            2 => "[::1]",
+            _ => "[::ffff:127.0.0.1]",
+        };
+        let mut stream =
+            TcpStream::connect_timeout(&format!("{host}:{port}").parse().unwrap(), Duration::from_secs(10))?;
+        stream.write_all(&tag.to_be_bytes())?;
+        if at % 2 == 0 {
+            stream.read_exact(&mut [0; 1])?;
+        }
+    }
+    Ok(count.to_string())
+}
+
+/// One exchange with the counting server: says how much it will send and wants, and ends in the way that `mode` names.
+fn transfer(to: &str, mode: &str, send: usize, want: usize) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let header = [u8::from(mode == "server-first")];
+    stream.write_all(&header)?;
+    stream.write_all(&u64::try_from(send).unwrap().to_be_bytes())?;
+    stream.write_all(&u64::try_from(want).unwrap().to_be_bytes())?;
+    stream.write_all(&vec![1; send])?;
+    let mut back = vec![0; want];
+    match mode {
+        "half-close" => {
+            stream.shutdown(std::net::Shutdown::Write)?;
+            stream.read_exact(&mut back)?;
+            assert_eq!(stream.read(&mut [0; 1])?, 0);
+        }
+        "server-first" => {
+            stream.read_exact(&mut back)?;
+            assert_eq!(stream.read(&mut [0; 1])?, 0);
+        }
+        "client-first" => stream.read_exact(&mut back)?,
+        "reset" => {
+            stream.read_exact(&mut back)?;
+            let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+            // SAFETY: a valid option of the length that is given.
+            unsafe {
+                libc::setsockopt(
+                    stream.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    libc::SO_LINGER,
+                    (&raw const linger).cast(),
+                    u32::try_from(size_of_val(&linger)).unwrap(),
+                );
+            }
+        }
+        other => panic!("{other}"),
+    }
+    drop(stream);
+    Ok("ok".to_owned())
+}
