@@ -1,1 +1,5 @@
 //! Placeholder.
+
+pub fn main() -> std::process::ExitCode {
+    std::process::ExitCode::FAILURE
+}
