@@ -1,3 +1,129 @@
-//! Placeholder.
+//! Where an action runs: a cgroup leaf and a process that is confined before it does anything.
+//!
+//! The gate never starts a program itself. A thread that does nothing else clones a child straight into the execution's
+//! leaf, with a user, mount, PID, IPC and UTS namespace of its own, so that nothing here needs `CAP_SYS_ADMIN` of the
+//! host. The child takes an uid that no other running execution has, becomes a second image of this binary (`worker`),
+//! builds a root that shows what the action may see, gives up every capability, and only then, on the gate's word,
+//! forks the program. It stays behind as PID 1: when it goes, the kernel takes all that the program left running.
+//!
+//! Three ends are tied to the same knot. The gate dies: the parent-death signal takes PID 1. The program ends: PID 1
+//! leaves and takes the rest. Time, output or the caller end first: `cgroup.kill`. In each case [`Runner::run`] comes
+//! back only when the leaf is empty; removing the leaf is the caller's, after the counters are read.
+//!
+//! What no cgroup hook of the kernel program can see is closed here (`worker::seccomp` has the list): other socket
+//! families, descriptors from outside, namespaces of the program's own making.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub mod cgroup;
+mod protocol;
+mod runner;
+mod sealed;
+mod spawner;
 pub mod worker;
+
+pub use cgroup::{CgroupError, CgroupTree, Leaf};
+pub use protocol::{Root, Stage};
+pub use runner::{Runner, RunnerConfig};
+
+/// One execution.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub program: Program,
+    /// Written to the program's standard input, which is then closed.
+    pub stdin: Vec<u8>,
+    pub limits: Limits,
+}
+
+/// What runs.
+#[derive(Clone, Debug)]
+pub enum Program {
+    /// The gate's own HTTP worker, in a root with nothing in it.
+    HttpWorker,
+    /// A program of the operator's. `argv[0]` is a path, or a name that is looked up in `PATH` of `env`.
+    Command {
+        argv: Vec<String>,
+        /// The whole environment, but for `PATH`, `HOME`, `TMPDIR` and `LANG`, which have defaults.
+        env: Vec<(String, String)>,
+        /// Each is read once, hashed, and seen inside at its path as a copy that nothing can write.
+        files: Vec<SealedFile>,
+        root: Root,
+    },
+}
+
+/// A file that must have exactly these contents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealedFile {
+    /// Absolute; where it is read, and where the program sees it.
+    pub path: PathBuf,
+    /// `sha256:<hex>` or bare hex.
+    pub sha256: String,
+}
+
+/// Bounds of one execution.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Of the whole leaf where the v2 memory controller is there; else of each process (`RLIMIT_AS`).
+    pub memory_bytes: u64,
+    /// Wall clock, from the call of [`Runner::run`].
+    pub timeout: Duration,
+    /// One byte more ends the execution.
+    pub stdout_bytes: u64,
+    /// What comes after is read and dropped.
+    pub stderr_bytes: u64,
+    /// Processes and threads of the program at one time; the reaper is not counted.
+    pub processes: u32,
+    /// Size of `/tmp`, in memory.
+    pub scratch_bytes: u64,
+}
+
+/// An execution that was started and is over; nothing of it runs.
+#[derive(Clone, Debug)]
+pub struct Completed {
+    pub exit: Exit,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub stderr_truncated: bool,
+    pub duration: Duration,
+    /// SHA-256 of what ran: the gate's own executable for the HTTP worker, the JCS form of the list of sealed copies
+    /// (`[{path, sha256}]`) for a command.
+    pub module_digest: String,
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Code(i32),
+    Signal(i32),
+    TimedOut,
+    OutputTooLarge,
+    Cancelled,
+}
+
+/// Why an execution did not start, or could not be brought to a known end.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    #[error("configuration: {0}")]
+    Config(String),
+    #[error("{} would be visible inside: it is below {}", protected.display(), bound.display())]
+    Exposed { protected: PathBuf, bound: PathBuf },
+    #[error("every uid of the range is in use")]
+    NoUid,
+    #[error("{}: {source}", path.display())]
+    SealedUnreadable { path: PathBuf, source: std::io::Error },
+    #[error("{} has other contents than its digest says", path.display())]
+    SealedDigest { path: PathBuf },
+    #[error("{}: {why}", path.display())]
+    SealedInvalid { path: PathBuf, why: &'static str },
+    #[error("the sandbox could not be made: {stage:?}: {detail}: {source}")]
+    Setup { stage: Stage, detail: String, source: std::io::Error },
+    #[error("the program could not be started: {source}")]
+    Exec { source: std::io::Error },
+    #[error("the spawner is gone")]
+    SpawnerGone,
+    #[error("{0}: {1}")]
+    Io(&'static str, #[source] std::io::Error),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}

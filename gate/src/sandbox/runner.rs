@@ -1,0 +1,526 @@
+//! Starting an execution, carrying its pipes, and bringing it to an end.
+
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep_until};
+
+use super::protocol::{self, Entry, Root, Spec, Stage, Status};
+use super::sealed::{self, SealedCopy, SealedStore};
+use super::spawner::{self, Child, Request, Spawner};
+use super::worker::root::{ETC_BINDS, HOST_BINDS};
+use super::{Completed, Exit, Job, Leaf, Limits, Program, SandboxError};
+
+/// How long the pipes of a killed execution may take to close.
+const KILL_WAIT: Duration = Duration::from_secs(5);
+
+/// What a runner needs to know.
+#[derive(Clone, Debug)]
+pub struct RunnerConfig {
+    /// First uid and gid outside that an execution may have; none of the range may belong to anything else.
+    pub uid_base: u32,
+    /// How many executions can run at one time.
+    pub uid_count: u32,
+    /// The image whose `main` calls `worker::run_if_asked` first: `/proc/self/exe`. Opened now and never again, so
+    /// that an upgrade on disk does not change what runs.
+    pub executable: PathBuf,
+    /// What no root may show: the gate's state, keys and sockets.
+    pub protected: Vec<PathBuf>,
+}
+
+/// Runs jobs. Clones are the same runner.
+#[derive(Clone, Debug)]
+pub struct Runner(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    uids: Mutex<Vec<u32>>,
+    executable: Arc<OwnedFd>,
+    executable_digest: String,
+    protected: Vec<PathBuf>,
+    sealed: SealedStore,
+    spawner: Spawner,
+}
+
+impl Runner {
+    /// Opens and hashes the executable and starts the spawner thread.
+    ///
+    /// # Errors
+    /// A range of uids that reaches root or this process, a protected path that the host root would show, an
+    /// executable that cannot be read.
+    pub fn new(config: RunnerConfig) -> Result<Self, SandboxError> {
+        let RunnerConfig { uid_base, uid_count, executable, protected } = config;
+        let own = rustix::process::geteuid().as_raw();
+        let range = uid_base..uid_base.checked_add(uid_count).unwrap_or(0);
+        if range.is_empty() || range.contains(&0) || range.contains(&own) || range.contains(&protocol::INSIDE_ID) {
+            return Err(SandboxError::Config(format!("uids {range:?} are no range that executions can have")));
+        }
+        let host = HOST_BINDS.iter().map(|name| Path::new("/").join(name));
+        for bound in host.chain(ETC_BINDS.iter().map(|name| Path::new("/etc").join(name))) {
+            check_exposed(&bound, &protected)?;
+        }
+        let (executable, digest) = open_executable(&executable).map_err(|e| SandboxError::Io("own executable", e))?;
+        Ok(Self(Arc::new(Inner {
+            uids: Mutex::new(range.rev().collect()),
+            executable: Arc::new(executable),
+            executable_digest: format!("sha256:{}", crate::hash::hex(&digest)),
+            protected,
+            sealed: SealedStore::default(),
+            spawner: Spawner::start().map_err(|e| SandboxError::Io("spawner thread", e))?,
+        })))
+    }
+
+    /// Runs `job` in `leaf` until it ends, its time is over, it writes too much, or `cancel` is ready. When this
+    /// returns, nothing of it runs; the leaf is still there. Dropping the future cancels too, and the end is then
+    /// brought about behind it.
+    pub async fn run(
+        &self,
+        leaf: &Leaf,
+        job: Job,
+        cancel: impl Future<Output = ()>,
+    ) -> Result<Completed, SandboxError> {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (runner, leaf) = (Arc::clone(&self.0), leaf.clone());
+        let mut task = tokio::spawn(async move { execute(&runner, &leaf, job, stopped).await });
+        let ended = tokio::select! {
+            ended = &mut task => ended,
+            () = cancel => {
+                drop(stop);
+                task.await
+            }
+        };
+        ended.map_err(|e| SandboxError::Io("execution", io::Error::other(e)))?
+    }
+}
+
+/// A protected path below what would be bound, or something bound that is itself inside a protected directory.
+fn check_exposed(bound: &Path, protected: &[PathBuf]) -> Result<(), SandboxError> {
+    let Ok(real) = bound.canonicalize() else {
+        return Ok(());
+    };
+    for path in protected {
+        let at = real_path(path);
+        if at.starts_with(&real) || (real.starts_with(&at) && at != Path::new("/")) {
+            return Err(SandboxError::Exposed { protected: path.clone(), bound: bound.to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// The path with links resolved as far as it exists.
+fn real_path(path: &Path) -> PathBuf {
+    let mut missing = PathBuf::new();
+    for ancestor in path.ancestors() {
+        if let Ok(real) = ancestor.canonicalize() {
+            return if missing.as_os_str().is_empty() { real } else { real.join(missing) };
+        }
+        let name = ancestor.file_name().map(PathBuf::from).unwrap_or_default();
+        missing = if missing.as_os_str().is_empty() { name } else { name.join(missing) };
+    }
+    path.to_owned()
+}
+
+/// A sandbox's uid must be able to execute it by descriptor: a file that others may not read becomes a sealed copy.
+fn open_executable(path: &Path) -> io::Result<(OwnedFd, [u8; 32])> {
+    let mut file = File::open(path)?;
+    if file.metadata()?.mode() & 0o005 == 0o005 {
+        let digest = sealed::digest(&mut file)?;
+        return Ok((file.into(), digest));
+    }
+    let (copy, digest) = sealed::seal(&mut file)?;
+    Ok((copy.file, digest))
+}
+
+/// An uid of the range, given back when it goes; kept from reuse for ever if its execution would not die.
+struct Uid<'a> {
+    inner: &'a Inner,
+    id: u32,
+    reusable: bool,
+}
+
+impl<'a> Uid<'a> {
+    fn take(inner: &'a Inner) -> Result<Self, SandboxError> {
+        let id = inner.uids.lock().unwrap_or_else(PoisonError::into_inner).pop().ok_or(SandboxError::NoUid)?;
+        Ok(Self { inner, id, reusable: true })
+    }
+}
+
+impl Drop for Uid<'_> {
+    fn drop(&mut self) {
+        if self.reusable {
+            self.inner.uids.lock().unwrap_or_else(PoisonError::into_inner).push(self.id);
+        }
+    }
+}
+
+/// What the job needs, all of it checked.
+struct Prepared {
+    entry: Entry,
+    root: Root,
+    sealed: Vec<(PathBuf, Arc<SealedCopy>)>,
+    module_digest: String,
+}
+
+fn prepare(inner: &Inner, program: Program) -> Result<Prepared, SandboxError> {
+    let (argv, env, files, root) = match program {
+        Program::HttpWorker => {
+            return Ok(Prepared {
+                entry: Entry::HttpWorker,
+                root: Root::Empty,
+                sealed: Vec::new(),
+                module_digest: inner.executable_digest.clone(),
+            });
+        }
+        Program::Command { argv, env, files, root } => (argv, env, files, root),
+    };
+    let nul = |text: &String| text.contains('\0');
+    if argv.first().is_none_or(String::is_empty) || argv.iter().any(nul) {
+        return Err(SandboxError::Config("argv is empty or holds a NUL".into()));
+    }
+    if env.iter().any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value)) {
+        return Err(SandboxError::Config("a name of the environment is empty or holds `=` or NUL".into()));
+    }
+    if let Root::Directory(directory) = &root {
+        if !directory.is_absolute() || !directory.is_dir() {
+            return Err(SandboxError::Config(format!("{} is not an absolute directory", directory.display())));
+        }
+        check_exposed(directory, &inner.protected)?;
+    }
+    let mut list = Vec::with_capacity(files.len());
+    let mut sealed = Vec::with_capacity(files.len());
+    for file in files {
+        let copy = inner.sealed.copy_of(&file)?;
+        let hex = file.sha256.strip_prefix("sha256:").unwrap_or(&file.sha256).to_ascii_lowercase();
+        list.push(serde_json::json!({ "path": file.path, "sha256": format!("sha256:{hex}") }));
+        sealed.push((file.path, copy));
+    }
+    let canonical = serde_jcs::to_vec(&list).map_err(|e| SandboxError::Io("digest", io::Error::other(e)))?;
+    let module_digest = crate::hash::sha256_tagged(&canonical);
+    Ok(Prepared { entry: Entry::Command { argv, env }, root, sealed, module_digest })
+}
+
+/// The gate's ends of the five pipes.
+struct Pipes {
+    stdin: pipe::Sender,
+    stdout: pipe::Receiver,
+    stderr: pipe::Receiver,
+    control: pipe::Sender,
+    status: pipe::Receiver,
+}
+
+/// The gate's ends, and the child's in the order of its descriptors.
+fn pipes() -> io::Result<(Pipes, Vec<OwnedFd>)> {
+    let make = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+    let (stdin, stdout, stderr, control, status) = (make()?, make()?, make()?, make()?, make()?);
+    let theirs = vec![stdin.0, stdout.1, stderr.1, control.0, status.1];
+    let ours = Pipes {
+        stdin: pipe::Sender::from_owned_fd(stdin.1)?,
+        stdout: pipe::Receiver::from_owned_fd(stdout.0)?,
+        stderr: pipe::Receiver::from_owned_fd(stderr.0)?,
+        control: pipe::Sender::from_owned_fd(control.1)?,
+        status: pipe::Receiver::from_owned_fd(status.0)?,
+    };
+    Ok((ours, theirs))
+}
+
+async fn execute(
+    inner: &Arc<Inner>,
+    leaf: &Leaf,
+    job: Job,
+    mut stopped: oneshot::Receiver<()>,
+) -> Result<Completed, SandboxError> {
+    let started = Instant::now();
+    let Job { program, stdin, limits } = job;
+    let deadline = started + limits.timeout;
+    let mut uid = Uid::take(inner)?;
+    let prepared = match program {
+        Program::HttpWorker => prepare(inner, program)?,
+        Program::Command { .. } => {
+            let inner = Arc::clone(inner);
+            tokio::task::spawn_blocking(move || prepare(&inner, program))
+                .await
+                .map_err(|e| SandboxError::Io("sealed copies", io::Error::other(e)))??
+        }
+    };
+    // One more for the reaper.
+    let memory_held = leaf.limit(limits.memory_bytes, limits.processes.saturating_add(1))?;
+    let (ours, mut descriptors) = pipes().map_err(|e| SandboxError::Io("pipes", e))?;
+    let own = |fd: &OwnedFd| fd.try_clone().map_err(|e| SandboxError::Io("descriptors", e));
+    for (_, copy) in &prepared.sealed {
+        descriptors.push(own(&copy.file)?);
+    }
+    let spec = Spec {
+        entry: prepared.entry,
+        root: prepared.root,
+        sealed_bytes: prepared.sealed.iter().map(|(_, copy)| copy.bytes.saturating_add(4096)).sum(),
+        sealed: prepared.sealed.into_iter().map(|(path, _)| path).collect(),
+        scratch_bytes: limits.scratch_bytes,
+        processes: limits.processes,
+        process_memory_bytes: (!memory_held).then_some(limits.memory_bytes),
+    };
+    let spec = protocol::encode_spec(&spec).map_err(|e| SandboxError::Io("spec", e))?;
+
+    let (reply, made) = oneshot::channel();
+    let leaf_directory = leaf.directory().try_clone_to_owned().map_err(|e| SandboxError::Io("leaf", e))?;
+    inner.spawner.send(Request {
+        leaf: leaf_directory,
+        executable: Arc::clone(&inner.executable),
+        descriptors,
+        outside_id: uid.id,
+        reply,
+    })?;
+    let child = made.await.map_err(|_| SandboxError::SpawnerGone)??;
+
+    // From here on the uid goes back only when the leaf is known to be empty.
+    uid.reusable = false;
+    let watched = child.watch().map_err(|e| SandboxError::Io("pidfd", e));
+    let carried = match watched {
+        Ok(watched) => carry(leaf, &child, &watched, ours, &spec, &stdin, &limits, deadline, &mut stopped).await,
+        Err(error) => Err(error),
+    };
+    child.kill();
+    let blocking = leaf.clone();
+    let emptied = if leaf.is_populated()? {
+        tokio::task::spawn_blocking(move || blocking.kill())
+            .await
+            .map_err(|e| SandboxError::Io("kill", io::Error::other(e)))?
+    } else {
+        Ok(())
+    };
+    emptied?;
+    spawner::collect(&child);
+    uid.reusable = true;
+    let Carried { forced, stdout, stderr, stderr_truncated, statuses } = carried?;
+
+    let exit = match forced {
+        Some(exit) => exit,
+        None => exit_of(&statuses)?,
+    };
+    let module_digest = prepared.module_digest;
+    Ok(Completed { exit, stdout, stderr, stderr_truncated, duration: started.elapsed(), module_digest })
+}
+
+struct Carried {
+    /// An end that the gate brought about.
+    forced: Option<Exit>,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    stderr_truncated: bool,
+    statuses: Vec<Status>,
+}
+
+/// Moves bytes until every pipe is closed and the first process is gone.
+#[allow(clippy::too_many_arguments)]
+async fn carry(
+    leaf: &Leaf,
+    child: &Child,
+    watched: &AsyncFd<OwnedFd>,
+    pipes: Pipes,
+    spec: &[u8],
+    stdin: &[u8],
+    limits: &Limits,
+    deadline: Instant,
+    stopped: &mut oneshot::Receiver<()>,
+) -> Result<Carried, SandboxError> {
+    let Pipes { stdin: input, stdout, stderr, mut control, status } = pipes;
+    let (overflow, overflowed) = oneshot::channel::<()>();
+    let (ready, is_ready) = oneshot::channel::<()>();
+
+    let talk = async {
+        // A child that failed has closed its end: the status says why.
+        if control.write_all(b"m").await.is_ok() && control.write_all(spec).await.is_ok() && is_ready.await.is_ok() {
+            let _ = control.write_all(b"g").await;
+        }
+        drop(control);
+    };
+    let feed = async {
+        let mut input = input;
+        // A program need not read its input.
+        let _ = input.write_all(stdin).await;
+    };
+    let output = async {
+        let (bytes, whole) = read_to(stdout, limits.stdout_bytes, false).await;
+        if !whole {
+            let _ = overflow.send(());
+        }
+        bytes
+    };
+    let errors = read_to(stderr, limits.stderr_bytes, true);
+    let all = async {
+        tokio::join!(talk, feed, output, errors, statuses(status, ready), async {
+            let _ = watched.readable().await;
+        })
+    };
+    let (mut all, mut overflowed) = (pin!(all), pin!(overflowed));
+    let (mut forced, mut give_up) = (None, None);
+    loop {
+        let why = tokio::select! {
+            biased;
+            ((), (), stdout, (stderr, whole), statuses, ()) = &mut all => {
+                return Ok(Carried { forced, stdout, stderr, stderr_truncated: !whole, statuses });
+            }
+            Ok(()) = &mut overflowed, if forced.is_none() => Exit::OutputTooLarge,
+            _ = &mut *stopped, if forced.is_none() => Exit::Cancelled,
+            () = sleep_until(deadline), if forced.is_none() => Exit::TimedOut,
+            () = async { sleep_until(give_up.unwrap_or(deadline)).await }, if give_up.is_some() => {
+                return Err(super::CgroupError::StillPopulated(leaf.path().to_owned()).into());
+            }
+        };
+        forced = Some(why);
+        give_up = Some(Instant::now() + KILL_WAIT);
+        child.kill();
+        leaf.signal_kill()?;
+    }
+}
+
+/// Reads to the end or the limit, and says whether that was all. Past the limit the rest is dropped if `drain`, else
+/// the pipe is left.
+async fn read_to(mut from: pipe::Receiver, limit: u64, drain: bool) -> (Vec<u8>, bool) {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let (mut kept, mut whole) = (Vec::new(), true);
+    let mut chunk = vec![0; 16 << 10];
+    loop {
+        let piece = match from.read(&mut chunk).await {
+            Ok(read) => chunk.get(..read).unwrap_or_default(),
+            Err(_) => &[],
+        };
+        if piece.is_empty() {
+            return (kept, whole);
+        }
+        let room = limit - kept.len();
+        if let Some(fits) = piece.get(..room.min(piece.len())) {
+            kept.extend_from_slice(fits);
+        }
+        if piece.len() > room {
+            whole = false;
+            if !drain {
+                return (kept, whole);
+            }
+        }
+    }
+}
+
+/// Collects what the first process says; what is no message ends the talk and counts as no word at all.
+async fn statuses(mut from: pipe::Receiver, ready: oneshot::Sender<()>) -> Vec<Status> {
+    let (mut got, mut buffer, mut ready) = (Vec::new(), Vec::new(), Some(ready));
+    let mut chunk = [0; 1024];
+    while let Ok(read @ 1..) = from.read(&mut chunk).await {
+        buffer.extend_from_slice(chunk.get(..read).unwrap_or_default());
+        while let Some(status) = Status::take(&mut buffer) {
+            match (status, ready.take()) {
+                (Some(Status::Ready), Some(ready)) => {
+                    let _ = ready.send(());
+                }
+                (Some(status), kept) => {
+                    ready = kept;
+                    got.push(status);
+                }
+                (None, _) => return got,
+            }
+        }
+    }
+    got
+}
+
+fn exit_of(statuses: &[Status]) -> Result<Exit, SandboxError> {
+    match statuses.first() {
+        Some(Status::Exited { code }) => Ok(Exit::Code(*code)),
+        Some(Status::Signalled { signal }) => Ok(Exit::Signal(*signal)),
+        Some(Status::ExecFailed { errno }) => Err(SandboxError::Exec { source: io::Error::from_raw_os_error(*errno) }),
+        Some(Status::Failed { stage, errno, detail }) => Err(SandboxError::Setup {
+            stage: *stage,
+            detail: detail.clone(),
+            source: io::Error::from_raw_os_error(*errno),
+        }),
+        Some(Status::Ready) => Err(SandboxError::Setup {
+            stage: Stage::Reaper,
+            detail: "ready twice".into(),
+            source: io::ErrorKind::InvalidData.into(),
+        }),
+        // The first process went without a word: it was killed with the rest, by the memory limit or from outside.
+        None => Ok(Exit::Signal(libc::SIGKILL)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(uid_base: u32, uid_count: u32, protected: &[&str]) -> RunnerConfig {
+        RunnerConfig {
+            uid_base,
+            uid_count,
+            executable: "/proc/self/exe".into(),
+            protected: protected.iter().map(PathBuf::from).collect(),
+        }
+    }
+
+    #[test]
+    fn refuses_ranges_that_reach_root_itself_or_nobody() {
+        for (base, count) in [(0, 10), (1000, 0), (u32::MAX, 2), (65_000, 1_000)] {
+            assert!(matches!(Runner::new(config(base, count, &[])), Err(SandboxError::Config(_))), "{base}+{count}");
+        }
+    }
+
+    #[test]
+    fn refuses_to_start_where_a_root_would_show_what_is_protected() {
+        for path in ["/usr/lib/latchgate/keys", "/bin/gate.sock", "/etc/ssl/gate", "/usr"] {
+            let refused = Runner::new(config(300_000, 4, &[path]));
+            assert!(matches!(refused, Err(SandboxError::Exposed { .. })), "{path}");
+        }
+        assert!(Runner::new(config(300_000, 4, &["/var/lib/latchgate", "/run/latchgate"])).is_ok());
+    }
+
+    #[test]
+    fn a_directory_root_may_not_hold_or_be_inside_what_is_protected() {
+        let directory = tempfile::tempdir().unwrap();
+        let keys = directory.path().join("state/keys");
+        std::fs::create_dir_all(&keys).unwrap();
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(directory.path().join("state"), &link).unwrap();
+        let protected = [directory.path().join("state")];
+        for bound in [directory.path(), &keys, &link, &protected[0]] {
+            assert!(check_exposed(bound, &protected).is_err(), "{bound:?}");
+        }
+        let beside = directory.path().join("beside");
+        std::fs::create_dir(&beside).unwrap();
+        assert!(check_exposed(&beside, &protected).is_ok());
+        // One that does not exist yet is still seen through the links above it.
+        assert!(check_exposed(&protected[0], &[link.join("later/gate.sock")]).is_err());
+    }
+
+    #[tokio::test]
+    async fn output_is_kept_to_the_byte() {
+        for (sent, limit, drain, kept, whole) in
+            [(10, 10, false, 10, true), (11, 10, false, 10, false), (40_000, 7, true, 7, false), (0, 0, false, 0, true)]
+        {
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            let writing = std::thread::spawn(move || {
+                use std::io::Write;
+                let _ = File::from(writer).write_all(&vec![b'x'; sent]);
+            });
+            let reader = pipe::Receiver::from_owned_fd(reader).unwrap();
+            let (bytes, all) = read_to(reader, limit, drain).await;
+            assert_eq!((bytes.len(), all), (kept, whole));
+            writing.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_silent_end_is_a_kill() {
+        assert_eq!(exit_of(&[]).unwrap(), Exit::Signal(9));
+        assert_eq!(exit_of(&[Status::Exited { code: 3 }]).unwrap(), Exit::Code(3));
+        assert!(matches!(exit_of(&[Status::ExecFailed { errno: 2 }]), Err(SandboxError::Exec { .. })));
+    }
+}

@@ -1,0 +1,139 @@
+//! What the first process takes from itself, and so from the program.
+#![allow(unsafe_code)] // signal dispositions, resource limits and capabilities, which end at the C library or below it.
+
+use std::io;
+
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    Scope,
+};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
+
+use super::super::protocol::{Entry, Spec, Stage};
+use super::init::{Failure, at};
+
+/// Open files of one process.
+const OPEN_FILES: u64 = 1024;
+/// Bytes of POSIX message queues, which the memory limits of a process do not count: none.
+const QUEUE_BYTES: u64 = 0;
+const LOCKED_BYTES: u64 = 64 << 10;
+const PENDING_SIGNALS: u64 = 1024;
+
+/// `PR_SET_SECUREBITS`: no uid ever means a capability again.
+const SECURE_BITS: CapabilitiesSecureBits = CapabilitiesSecureBits::NO_ROOT
+    .union(CapabilitiesSecureBits::NO_ROOT_LOCKED)
+    .union(CapabilitiesSecureBits::NO_SETUID_FIXUP)
+    .union(CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED)
+    .union(CapabilitiesSecureBits::KEEP_CAPS_LOCKED)
+    .union(CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE)
+    .union(CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED);
+
+/// Keeps the program, which has the same uid, away from this process's memory and descriptors.
+pub fn hide() -> io::Result<()> {
+    Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// Limits that hold this process and the program.
+pub fn shared_limits(spec: &Spec) -> Result<(), Failure> {
+    // One more for this process. The uid is this execution's alone, so the count is too.
+    let processes = u64::from(spec.processes).saturating_add(1);
+    for (resource, limit) in [
+        (Resource::Nproc, processes),
+        (Resource::Core, 0),
+        (Resource::Nofile, OPEN_FILES),
+        (Resource::Msgqueue, QUEUE_BYTES),
+        (Resource::Memlock, LOCKED_BYTES),
+        (Resource::Sigpending, PENDING_SIGNALS),
+    ] {
+        lower(resource, limit).map_err(at(Stage::Limits, format!("{resource:?}")))?;
+    }
+    Ok(())
+}
+
+/// Limits of the program alone.
+pub fn program_limits(spec: &Spec, executes: bool) -> io::Result<()> {
+    // Past the size of the scratch directory a write there is ENOSPC already; this one is for other files in memory.
+    lower(Resource::Fsize, spec.scratch_bytes.max(4096).saturating_add(4096))?;
+    if let Some(bytes) = spec.process_memory_bytes {
+        if executes {
+            // Of the whole address space: nothing else counts shared mappings.
+            lower(Resource::As, bytes)?;
+        }
+        lower(Resource::Data, bytes)?;
+    }
+    Ok(())
+}
+
+/// A hard limit can only go down.
+fn lower(resource: Resource, limit: u64) -> io::Result<()> {
+    let held = rustix::process::getrlimit(resource).maximum;
+    let limit = Some(held.map_or(limit, |held| held.min(limit)));
+    Ok(rustix::process::setrlimit(resource, Rlimit { current: limit, maximum: limit })?)
+}
+
+/// Empties every capability set, the bounding set first, and sees that none can come back.
+pub fn drop_capabilities() -> Result<(), Failure> {
+    let secure = rustix::thread::set_capabilities_secure_bits(SECURE_BITS);
+    secure.map_err(at(Stage::Capabilities, "securebits"))?;
+    for number in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // Past the last capability that this kernel has.
+            Err(rustix::io::Errno::INVAL) if number > 0 => break,
+            Err(error) => return Err(at(Stage::Capabilities, "bounding set")(error)),
+        }
+    }
+    rustix::thread::clear_ambient_capability_set().map_err(at(Stage::Capabilities, "ambient set"))?;
+    let none = CapabilitySet::empty();
+    let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    rustix::thread::set_capabilities(None, none).map_err(at(Stage::Capabilities, "capset"))
+}
+
+/// Set after the last change of credentials, each of which clears it (prctl(2)).
+pub fn die_with_gate() -> Result<(), Failure> {
+    let set = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    set.map_err(at(Stage::Reaper, "parent-death signal"))
+}
+
+pub fn no_new_privileges() -> Result<(), Failure> {
+    rustix::thread::set_no_new_privs(true).map_err(at(Stage::Capabilities, "no_new_privs"))
+}
+
+/// A second wall behind the mounts: reading everywhere, writing in the scratch directory and to the devices; no abstract
+/// Unix socket and no process outside can be reached. Where the kernel has less of Landlock, less; the mounts, the
+/// namespaces and seccomp hold without it.
+pub fn landlock(spec: &Spec) -> Result<(), Failure> {
+    let abi = ABI::V6;
+    let run = || -> Result<(), Box<dyn std::error::Error>> {
+        let mut ruleset = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(abi))?
+            .scope(Scope::from_all(abi))?
+            .create()?
+            .add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::from_read(abi)))?;
+        if matches!(spec.entry, Entry::Command { .. }) {
+            let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
+            ruleset = ruleset
+                .add_rule(PathBeneath::new(PathFd::new("/tmp")?, AccessFs::from_all(abi)))?
+                .add_rule(PathBeneath::new(PathFd::new("/dev")?, device))?;
+        }
+        ruleset.restrict_self()?;
+        Ok(())
+    };
+    run().map_err(|error| at(Stage::Landlock, error)(io::Error::other("landlock")))
+}
+
+/// Default dispositions and an empty mask: Rust's runtime ignores SIGPIPE, and exec would hand that on.
+pub fn fresh_signals() {
+    // SAFETY: dispositions of this process alone; numbers that cannot be set are refused with an error.
+    unsafe {
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
