@@ -162,7 +162,7 @@ pub struct Sandbox {
     pub uid_count: u32,
     pub max_processes: u32,
     pub scratch_bytes: u64,
-    pub stderr_bytes: usize,
+    pub stderr_bytes: u64,
     /// Executions at the same time; one more waits its turn.
     pub max_concurrent: usize,
 }
@@ -289,8 +289,10 @@ impl Config {
             if let Some(path) = name.strip_prefix(ENVIRONMENT_PREFIX) {
                 overlay(&mut table, path, &value)
                     .map_err(|message| ConfigError::Variable { name: name.clone(), message })?;
-                Self::deserialize(table.clone())
-                    .map_err(|error| ConfigError::Variable { name, message: error.to_string().trim_end().to_owned() })?;
+                Self::deserialize(table.clone()).map_err(|error| ConfigError::Variable {
+                    name,
+                    message: error.to_string().trim_end().to_owned(),
+                })?;
             }
         }
         let config = Self::deserialize(table)
@@ -301,9 +303,8 @@ impl Config {
 
     /// What types alone cannot say.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let invalid = |key: &str, message: &str| {
-            Err(ConfigError::Invalid { key: key.to_owned(), message: message.to_owned() })
-        };
+        let invalid =
+            |key: &str, message: &str| Err(ConfigError::Invalid { key: key.to_owned(), message: message.to_owned() });
         for (key, name) in [("instance", &self.instance), ("workspace", &self.workspace)] {
             if !is_identifier(name) {
                 return invalid(key, "must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit");
@@ -322,7 +323,10 @@ impl Config {
             return invalid("sandbox.uid_count", "the range runs past the last uid");
         }
         if self.sandbox.max_concurrent == 0 || self.sandbox.max_concurrent > self.sandbox.uid_count as usize {
-            return invalid("sandbox.max_concurrent", "must be 1 to sandbox.uid_count: each execution has a uid of its own");
+            return invalid(
+                "sandbox.max_concurrent",
+                "must be 1 to sandbox.uid_count: each execution has a uid of its own",
+            );
         }
         for budget in &self.budgets {
             if budget.max_calls.is_none() && budget.max_cost_usd_cents.is_none() {
@@ -350,7 +354,10 @@ impl Config {
                         return invalid("path", "must be an absolute path".to_owned());
                     }
                     if listener.principal.is_none() && listener.peers.is_none() {
-                        return invalid("principal", "a Unix listener needs a principal: it is the identity".to_owned());
+                        return invalid(
+                            "principal",
+                            "a Unix listener needs a principal: it is the identity".to_owned(),
+                        );
                     }
                 }
                 (None, Some(_)) => {

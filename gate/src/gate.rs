@@ -139,8 +139,7 @@ impl Gate {
         let lease_keys = Arc::new(LeaseKeys::load_or_create(&directories.lease_keys).map_err(part("lease keys"))?);
         let ttl = u32::try_from(config.auth.lease_ttl_seconds).unwrap_or(u32::MAX);
         let gate_name = format!("latchgate:{}", config.instance);
-        let issuer =
-            Arc::new(Issuer::new(Arc::clone(&lease_keys), &gate_name, &gate_name, ttl).map_err(part("auth"))?);
+        let issuer = Arc::new(Issuer::new(Arc::clone(&lease_keys), &gate_name, &gate_name, ttl).map_err(part("auth"))?);
         let authenticator = Authenticator::new(Arc::clone(&issuer), store.clone(), store.clone());
         let operators = Operators::new(operators(&config)?, store.clone());
         let budgets = Budgets::new(store, config.budgets.clone());
@@ -345,7 +344,11 @@ fn proxy_config(config: &Config) -> Result<ProxyConfig, StartError> {
     let egress = &config.egress;
     Ok(ProxyConfig {
         ca_file: egress.ca_file.clone(),
-        hosts: egress.hosts.iter().map(|(name, addresses)| (name.clone(), addresses.clone())).collect::<BTreeMap<_, _>>(),
+        hosts: egress
+            .hosts
+            .iter()
+            .map(|(name, addresses)| (name.clone(), addresses.clone()))
+            .collect::<BTreeMap<_, _>>(),
         allow_addresses: AllowAddresses::parse(&egress.allow_addresses).map_err(part("egress.allow_addresses"))?,
         dns_servers: (!egress.dns_servers.is_empty()).then(|| egress.dns_servers.clone()),
         limits: proxy::Limits {

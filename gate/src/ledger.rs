@@ -26,6 +26,7 @@ use crate::store::database::OpenError;
 use crate::store::lock::DirectoryLock;
 use crate::time::Timestamp;
 
+pub mod archive;
 pub mod event;
 pub mod grant;
 mod journal;

@@ -128,7 +128,8 @@ impl Agent {
     /// Executes with this proof.
     pub fn execute_with(&self, path: &str, proof: &str, body: &[u8]) -> Response {
         let authorization = self.authorization();
-        let headers = [("authorization", authorization.as_str()), ("dpop", proof), ("content-type", "application/json")];
+        let headers =
+            [("authorization", authorization.as_str()), ("dpop", proof), ("content-type", "application/json")];
         once(&self.target, "POST", path, &headers, Some(body))
     }
 

@@ -100,8 +100,7 @@ impl Setup {
     /// Starts a gate that must refuse to: its exit code and what it said.
     pub fn refuse(self) -> (i32, String) {
         fs::write(self.config_file(), &self.config).unwrap();
-        let output =
-            Command::new(binary()).arg("serve").arg("--config").arg(self.config_file()).output().unwrap();
+        let output = Command::new(binary()).arg("serve").arg("--config").arg(self.config_file()).output().unwrap();
         let _ = fs::remove_dir_all(&self.directory);
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
     }

@@ -131,7 +131,8 @@ impl OperatorKeyFile {
             "iat": now.secs(),
             "ath": base64url(&hash::sha256(self.api_key.as_bytes())),
         });
-        let signed = format!("{}.{}", base64url(header.to_string().as_bytes()), base64url(claims.to_string().as_bytes()));
+        let signed =
+            format!("{}.{}", base64url(header.to_string().as_bytes()), base64url(claims.to_string().as_bytes()));
         let signature: Signature = self.key.sign(signed.as_bytes());
         (Zeroizing::new(format!("DPoP {}", *self.api_key)), format!("{signed}.{}", base64url(&signature.to_bytes())))
     }

@@ -62,7 +62,7 @@ async fn serve(config: Config) -> Result<(), Failure> {
             (None, None) => continue,
         };
         let identity = Arc::new(listen::identity(&gate.config, listener, &bound));
-        tracing::info!(listener = identity.name, at = %describe(&bound), principal = ?identity.principal, "listening");
+        tracing::info!(listener = identity.name, at = %describe(&bound), principal = identity.identity.principal, "listening");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |peer, request| {
             server::agent::handle(Arc::clone(&gate), Arc::clone(&identity), peer, request)
@@ -103,7 +103,9 @@ async fn serve(config: Config) -> Result<(), Failure> {
 fn describe(bound: &listen::Bound) -> String {
     match bound {
         listen::Bound::Unix(_, path) => path.display().to_string(),
-        listen::Bound::Tcp(socket) => socket.local_addr().map_or_else(|_| "?".to_owned(), |address| address.to_string()),
+        listen::Bound::Tcp(socket) => {
+            socket.local_addr().map_or_else(|_| "?".to_owned(), |address| address.to_string())
+        }
     }
 }
 

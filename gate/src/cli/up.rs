@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Failure, serve};
-use crate::auth::operator::OperatorKeyFile;
+use crate::auth::operator_key::OperatorKeyFile;
 use crate::config::{Config, Listener, OperatorKey};
 use crate::files;
 
@@ -31,7 +31,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     if config.operators.keys.is_empty() {
         files::private_directory(&config.state_dir).map_err(Failure::new)?;
-        let file = OperatorKeyFile::load_or_create(&operator_key_path(&config.state_dir), "default").map_err(Failure::new)?;
+        let file =
+            OperatorKeyFile::load_or_create(&operator_key_path(&config.state_dir), "default").map_err(Failure::new)?;
         config.operators.keys.push(OperatorKey {
             name: file.name().to_owned(),
             dpop_jkt: file.jkt(),

@@ -52,8 +52,14 @@ fn what_cannot_be_right_does_not_start() {
         ("[[listeners]]\nname = \"a\"", "exactly one"),
         ("[[listeners]]\nname = \"a\"\naddress = \"127.0.0.1:1\"\nprincipal = \"p\"", "identity.tcp"),
         ("[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"\nmode = \"999\"", "octal"),
-        ("[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"\n[listeners.peers]\nroot = \"p\"", "numeric"),
-        ("operators.socket = \"/run/x/o.sock\"\n[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"", "share"),
+        (
+            "[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"\n[listeners.peers]\nroot = \"p\"",
+            "numeric",
+        ),
+        (
+            "operators.socket = \"/run/x/o.sock\"\n[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"",
+            "share",
+        ),
         ("[[budgets]]\nprincipal = \"*\"\nwindow = \"hour\"", "limits nothing"),
         ("[[budgets]]\nprincipal = \"*\"\nwindow = \"eon\"\nmax_calls = 1", "window"),
     ] {

@@ -131,7 +131,7 @@ fn is_database(path: &Path) -> Result<bool, VerifyError> {
 
 /// A gate that runs, or that was killed, has a write-ahead log beside the file, and SQLite reads both. On a read-only
 /// copy without one there is nothing to coordinate with, which SQLite has to be told.
-fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
+pub(super) fn open_read_only(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(std::time::Duration::from_secs(5))?;

@@ -2,8 +2,8 @@
 
 use crate::egress::profile::{Denied, Profile};
 use crate::gate::Gate;
-use crate::pipeline::authenticate::Caller;
 use crate::pipeline::Request;
+use crate::pipeline::authenticate::Caller;
 use crate::pipeline::validate::ValidCall;
 use crate::policy::{self, Asking, BudgetsBefore, PolicyDecision, PolicyError, PolicyInput};
 use crate::store::StoreError;
@@ -47,20 +47,13 @@ pub enum AuthoriseError {
     PolicyTimeout,
 }
 
-pub fn authorise(
-    gate: &Gate,
-    caller: &Caller,
-    request: &Request,
-    call: ValidCall,
-) -> Result<Decision, AuthoriseError> {
+pub fn authorise(gate: &Gate, caller: &Caller, request: &Request, call: ValidCall) -> Result<Decision, AuthoriseError> {
     let manifest = call.manifest();
     let outside = |error: Denied| AuthoriseError::EgressDenied { deny_reason: error.to_string() };
     // A call that names a host outside the profile is refused before anybody is asked.
     manifest.permits(call.prepared()).map_err(outside)?;
-    let remaining = gate
-        .budgets
-        .remaining(caller, request.received_at)
-        .map_err(|source| AuthoriseError::BudgetStore { source })?;
+    let remaining =
+        gate.budgets.remaining(caller, request.received_at).map_err(|source| AuthoriseError::BudgetStore { source })?;
     if remaining.is_exhausted() {
         let which = if remaining.calls_remaining == Some(0) { "calls" } else { "cost" };
         return Err(AuthoriseError::BudgetExhausted { which: which.to_owned() });
@@ -78,8 +71,7 @@ pub fn authorise(
         peer: policy::Peer { listener: &caller.listener().name, uid: caller.peer().uid, ..policy::Peer::default() },
     };
     let before = BudgetsBefore { calls_remaining: remaining.calls_remaining };
-    let input =
-        PolicyInput::new(asking, manifest, call.verdict(), call.request_hash(), call.params(), before);
+    let input = PolicyInput::new(asking, manifest, call.verdict(), call.request_hash(), call.params(), before);
     let decided = gate.policy.evaluate(&input).map_err(|error| match error {
         PolicyError::Timeout => AuthoriseError::PolicyTimeout,
         other => AuthoriseError::PolicyUnavailable { message: other.to_string() },
@@ -88,7 +80,8 @@ pub fn authorise(
         PolicyDecision::Allow(terms) => terms.profile(&manifest.profile),
         PolicyDecision::Hold { .. } => {
             return Err(denied(
-                "requires_approval: policy wants a person to approve this call, and this gate holds no calls".to_owned(),
+                "requires_approval: policy wants a person to approve this call, and this gate holds no calls"
+                    .to_owned(),
                 "use an action of a lower risk, or ask the operator to allow this one in the policy data",
             ));
         }

@@ -8,7 +8,9 @@ use crate::auth::lease::LeaseClaims;
 use crate::config::{Budget, BudgetWindow};
 use crate::pipeline::authenticate::Caller;
 use crate::pipeline::grant::GrantError;
-use crate::store::{BudgetStore, DebitOutcome, DebitRequest, LeaseBudget, Period, Remaining, StoreError, Ticket, Window};
+use crate::store::{
+    BudgetStore, DebitOutcome, DebitRequest, LeaseBudget, Period, Remaining, StoreError, Ticket, Window,
+};
 use crate::time::Timestamp;
 
 /// Budgets as configured, over the store that counts them.
@@ -27,7 +29,9 @@ pub struct Debit {
 impl Debit {
     /// What is left, as a result shows it; `None` when nothing limits the caller.
     pub fn remaining_view(&self) -> Option<Value> {
-        serde_json::to_value(self.remaining).ok().filter(|view| view.as_object().is_some_and(|fields| !fields.is_empty()))
+        serde_json::to_value(self.remaining)
+            .ok()
+            .filter(|view| view.as_object().is_some_and(|fields| !fields.is_empty()))
     }
 }
 

@@ -23,8 +23,7 @@ use crate::time::Timestamp;
 const ENTRY_GRACE: Duration = Duration::from_secs(10);
 
 /// Where programs look for a proxy; both spellings are in use.
-const PROXY_VARIABLES: [&str; 6] =
-    ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum DispatchError {
@@ -69,9 +68,13 @@ pub struct Summary {
 
 impl Summary {
     pub fn verification(&self) -> Value {
-        let verified =
-            matches!(self.verification, VerificationOutcome::Verified { .. } | VerificationOutcome::UnverifiableDeclared { .. });
-        let outcome = serde_json::to_value(&self.verification).ok().and_then(|mut outcome| outcome.get_mut("status").map(Value::take));
+        let verified = matches!(
+            self.verification,
+            VerificationOutcome::Verified { .. } | VerificationOutcome::UnverifiableDeclared { .. }
+        );
+        let outcome = serde_json::to_value(&self.verification)
+            .ok()
+            .and_then(|mut outcome| outcome.get_mut("status").map(Value::take));
         json!({"outcome": outcome, "is_fully_successful": self.success && verified})
     }
 
@@ -111,12 +114,7 @@ async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> (Result<Completed, St
 }
 
 /// From here on every exit goes through the end of the leaf.
-async fn confined(
-    gate: &Gate,
-    grant: &Grant,
-    ids: &Ids,
-    leaf: &Leaf,
-) -> (Result<Completed, String>, EgressEvidence) {
+async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> (Result<Completed, String>, EgressEvidence) {
     let decision = grant.decision();
     let manifest = decision.call().manifest();
     gate.refusals.expect(leaf.id());

@@ -68,12 +68,7 @@ pub enum GrantError {
 ///
 /// # Errors
 /// With the action's id, for the record of the refusal.
-pub async fn issue(
-    gate: &Gate,
-    caller: &Caller,
-    decision: Decision,
-    ids: &Ids,
-) -> Result<Grant, (String, Refusal)> {
+pub async fn issue(gate: &Gate, caller: &Caller, decision: Decision, ids: &Ids) -> Result<Grant, (String, Refusal)> {
     let action_id = decision.call().manifest().action_id.clone();
     let now = Timestamp::now();
     let debit = match gate.budgets.debit(caller, decision.call().manifest().cost_usd_cents, now) {
@@ -81,14 +76,9 @@ pub async fn issue(
         Err(error) => return Err((action_id, error.into())),
     };
     match intend(gate, caller, decision, ids, now).await {
-        Ok((decision, grant_id, deadline)) => Ok(Grant {
-            decision,
-            debit,
-            grant_id,
-            principal: caller.principal().to_owned(),
-            deadline,
-            started_at: now,
-        }),
+        Ok((decision, grant_id, deadline)) => {
+            Ok(Grant { decision, debit, grant_id, principal: caller.principal().to_owned(), deadline, started_at: now })
+        }
         Err(error) => {
             gate.budgets.refund(&debit);
             Err((action_id, error.into()))
@@ -122,7 +112,8 @@ async fn intend(
         workspace: gate.config.workspace.clone(),
         not_after,
     };
-    let grant = ledger::Grant::mint(&plan, caller.lease_jti(), caller.jkt()).map_err(|error| internal(error.to_string()))?;
+    let grant =
+        ledger::Grant::mint(&plan, caller.lease_jti(), caller.jkt()).map_err(|error| internal(error.to_string()))?;
     let intent = IntentRecord {
         trace_id: ids.trace_id.clone(),
         decision_id: ids.decision_id.clone(),

@@ -81,6 +81,11 @@ impl Runner {
         })))
     }
 
+    /// `sha256:<hex>` of the executable that HTTP actions run.
+    pub fn executable_digest(&self) -> &str {
+        &self.0.executable_digest
+    }
+
     /// Runs `job` in `leaf` until it ends, its time is over, it writes too much, or `cancel` is ready. When this
     /// returns, nothing of it runs; the leaf is still there. Dropping the future cancels too, and the end is then
     /// brought about behind it.

@@ -128,11 +128,17 @@ async fn route(
         Route::Jwks => Ok(super::json(StatusCode::OK, &gate.lease_jwks())),
         Route::Actions => Ok(super::json(StatusCode::OK, &gate.registry.list())),
         Route::Action(id) => {
-            let action = gate.registry.action(id).ok_or_else(|| refuse(pipeline::resolve::ResolveError::ActionNotFound.into()))?;
+            let action = gate
+                .registry
+                .action(id)
+                .ok_or_else(|| refuse(pipeline::resolve::ResolveError::ActionNotFound.into()))?;
             Ok(super::json(StatusCode::OK, &action.detail()))
         }
         Route::ActionSchema(id) => {
-            let action = gate.registry.action(id).ok_or_else(|| refuse(pipeline::resolve::ResolveError::ActionNotFound.into()))?;
+            let action = gate
+                .registry
+                .action(id)
+                .ok_or_else(|| refuse(pipeline::resolve::ResolveError::ActionNotFound.into()))?;
             Ok(super::json(StatusCode::OK, &action.request_schema_view()))
         }
         Route::Leases => lease(gate, &listener, peer, &body).map_err(refuse),
@@ -180,17 +186,20 @@ fn lease(gate: &Gate, listener: &ListenerIdentity, peer: Peer, body: &[u8]) -> R
         return Err(pipeline::resolve::ResolveError::ScopeNotPermitted { missing: missing.clone() }.into());
     }
     let jkt = request.dpop_jwk.thumbprint();
-    let issued = gate.issuer.issue(
-        &NewLease {
-            principal: principal.to_owned(),
-            listener: listener.name.clone(),
-            session_id: None,
-            jkt,
-            scopes: request.scopes,
-            budgets: request.budgets,
-        },
-        Timestamp::now(),
-    ).map_err(|error| Refusal::Internal { message: error.to_string() })?;
+    let issued = gate
+        .issuer
+        .issue(
+            &NewLease {
+                principal: principal.to_owned(),
+                listener: listener.name.clone(),
+                session_id: None,
+                jkt,
+                scopes: request.scopes,
+                budgets: request.budgets,
+            },
+            Timestamp::now(),
+        )
+        .map_err(|error| Refusal::Internal { message: error.to_string() })?;
     Ok(super::json(
         StatusCode::OK,
         &json!({

@@ -36,7 +36,12 @@ struct Row {
 }
 
 fn row(status: u16, code: &'static str, level: Level) -> Row {
-    Row { status: StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), code, level, fields: Map::new() }
+    Row {
+        status: StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
+        code,
+        level,
+        fields: Map::new(),
+    }
 }
 
 impl Row {
@@ -106,9 +111,7 @@ fn table(cause: &Refusal) -> Row {
         Refusal::Body(error) => match error {
             BodyError::MediaType => row(415, "unsupported_media_type", Debug).with("message", error.to_string()),
             BodyError::TooLarge { limit } => row(413, "payload_too_large", Debug).with("limit_bytes", *limit),
-            BodyError::Slow | BodyError::Broken => {
-                row(400, "bad_request", Debug).with("message", error.to_string())
-            }
+            BodyError::Slow | BodyError::Broken => row(400, "bad_request", Debug).with("message", error.to_string()),
         },
         Refusal::Authenticate(error) => authentication(error),
         Refusal::Resolve(error) => match error {

@@ -82,7 +82,8 @@ pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
 }
 
 fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<AuthenticatedOperator, Refusal> {
-    let values = |name: &str| -> Vec<&[u8]> { request.headers().get_all(name).iter().map(|value| value.as_bytes()).collect() };
+    let values =
+        |name: &str| -> Vec<&[u8]> { request.headers().get_all(name).iter().map(|value| value.as_bytes()).collect() };
     let (authorization, dpop) = (values(header::AUTHORIZATION.as_str()), values("dpop"));
     let bases: Vec<String> = BASES.iter().map(|base| (*base).to_owned()).collect();
     Ok(gate.operators.authenticate(&crate::auth::Presented {
@@ -122,7 +123,7 @@ async fn route(gate: &Arc<Gate>, path: &str, method: &str) -> Result<Answer, Ref
                 })
             };
             json!({"profiles": gate.registry.actions().map(|manifest| profile(manifest)).collect::<Vec<_>>()})
-        },
+        }
         Route::Metrics => return Ok(gate.metrics.exposition()),
         Route::Drain => {
             gate.drain();

@@ -67,13 +67,23 @@ fn internal_error(reason: String) -> NormalizedResult {
 
 pub fn interpret(manifest: &Manifest, completed: &Completed, flows: &[FlowRecord]) -> Interpreted {
     match completed.exit {
-        Exit::TimedOut => return Interpreted::failed(timeout, "timeout", "the action took longer than its manifest allows"),
+        Exit::TimedOut => {
+            return Interpreted::failed(timeout, "timeout", "the action took longer than its manifest allows");
+        }
         Exit::Cancelled => return Interpreted::failed(cancelled, "cancelled", "the execution was ended by the gate"),
         Exit::OutputTooLarge => {
-            return Interpreted::failed(provider_failure, "output_too_large", "the output is larger than io.max_response_bytes");
+            return Interpreted::failed(
+                provider_failure,
+                "output_too_large",
+                "the output is larger than io.max_response_bytes",
+            );
         }
         Exit::Signal(signal) => {
-            return Interpreted::failed(provider_failure, "signal", format!("the process was ended by signal {signal}"));
+            return Interpreted::failed(
+                provider_failure,
+                "signal",
+                format!("the process was ended by signal {signal}"),
+            );
         }
         Exit::Code(_) => {}
     }
@@ -123,14 +133,17 @@ fn succeeded(manifest: &Manifest, output: Value, effect_evidence: Vec<Value>) ->
     let violation = manifest.response_schema.as_ref().and_then(|schema| schema.validate(&output).err());
     let verification = match violation {
         Some(violation) => VerificationOutcome::VerificationFailed {
-            reason: format!("the output is not what io.response_schema says: {}: {}", violation.pointer, violation.what),
+            reason: format!(
+                "the output is not what io.response_schema says: {}: {}",
+                violation.pointer, violation.what
+            ),
         },
         None => match manifest.verifier.verify(&output) {
             Verification::Verified { evidence } => VerificationOutcome::Verified { evidence },
             Verification::Failed { reason } => VerificationOutcome::VerificationFailed { reason },
-            Verification::UnverifiableDeclared => VerificationOutcome::UnverifiableDeclared {
-                reason: "the manifest declares no verifier".to_owned(),
-            },
+            Verification::UnverifiableDeclared => {
+                VerificationOutcome::UnverifiableDeclared { reason: "the manifest declares no verifier".to_owned() }
+            }
         },
     };
     Interpreted {

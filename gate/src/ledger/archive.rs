@@ -1,0 +1,38 @@
+//! Reads receipts from a ledger file without opening it for writing: of a gate that runs, or that is long gone.
+
+use std::path::Path;
+
+use rusqlite::OptionalExtension as _;
+
+use super::receipt::Receipt;
+use super::verify::open_read_only;
+use super::{FILE, LedgerError};
+
+fn connect(path: &Path) -> Result<rusqlite::Connection, LedgerError> {
+    let file = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
+    Ok(open_read_only(&file)?)
+}
+
+fn read(body: &str) -> Result<Receipt, LedgerError> {
+    let record = serde_json::from_str(body).map_err(|error| LedgerError::Broken(error.to_string()))?;
+    Ok(Receipt::from_record(record))
+}
+
+/// The receipt with this id, in the ledger directory or file at `path`.
+pub fn receipt(path: &Path, receipt_id: &str) -> Result<Option<Receipt>, LedgerError> {
+    let connection = connect(path)?;
+    let body: Option<String> = connection
+        .prepare("SELECT body FROM records WHERE receipt_id = ?1")?
+        .query_row([receipt_id], |row| row.get(0))
+        .optional()?;
+    body.as_deref().map(read).transpose()
+}
+
+/// The newest `limit` receipts, the newest first.
+pub fn receipts(path: &Path, limit: u32) -> Result<Vec<Receipt>, LedgerError> {
+    let connection = connect(path)?;
+    let mut statement =
+        connection.prepare("SELECT body FROM records WHERE receipt_id IS NOT NULL ORDER BY sequence DESC LIMIT ?1")?;
+    let bodies = statement.query_map([limit], |row| row.get::<_, String>(0))?;
+    bodies.map(|body| read(&body?)).collect()
+}
