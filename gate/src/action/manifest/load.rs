@@ -259,9 +259,7 @@ fn check_secrets(raw: &RawManifest, warnings: &mut Vec<Warning>) -> Result<(), M
 }
 
 fn check_scopes(scopes: &Spanned<Vec<String>>) -> Result<(), ManifestError> {
-    if scopes.value.is_empty() {
-        return Err(ManifestError::at(scopes.referenced, "required_scopes is empty; leave it out for tools:call"));
-    }
+    // None of its own: what every execution needs is `tools:call`, and the pipeline asks for it in any case.
     let fits = |scope: &&String| {
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b':' | b'_' | b'-' | b'.');
         scope.len() <= 64
