@@ -110,7 +110,8 @@ pub struct Refused {
     pub trace_id: String,
     /// Set when the action ran, or may have run: its receipt says what is known.
     pub receipt_id: Option<String>,
-    pub cause: Refusal,
+    /// Boxed: refusals travel in every `Result` of the path, and are large.
+    pub cause: Box<Refusal>,
 }
 
 impl Refused {
@@ -119,7 +120,7 @@ impl Refused {
             decision_id: ids.decision_id.clone(),
             trace_id: ids.trace_id.clone(),
             receipt_id: None,
-            cause: cause.into(),
+            cause: Box::new(cause.into()),
         }
     }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::jwk::{PublicJwk, base64url};
 use crate::hash;
-use crate::store::{Freshness, ReplayStore, RevocationStore, StoreError};
+use crate::store::{Epoch, Freshness, ReplayStore, RevocationStore, StoreError};
 use crate::time::Timestamp;
 
 pub const NOW: Timestamp = Timestamp::from_millis(1_795_305_600_900);
@@ -98,9 +98,27 @@ impl ReplayStore for Memory {
 impl RevocationStore for Memory {
     fn is_revoked(&self, lease_jti: &str, principal: &str, _iat: Timestamp) -> Result<bool, StoreError> {
         if self.broken.load(Ordering::Relaxed) {
-            return Err(StoreError::Unavailable("disk".to_owned()));
+            return Err(StoreError::Poisoned);
         }
         let revoked = self.revoked.lock().unwrap();
         Ok(revoked.contains(lease_jti) || revoked.contains(principal))
+    }
+
+    fn revoke_lease(&self, lease_jti: &str, _keep_until: Timestamp, _now: Timestamp) -> Result<(), StoreError> {
+        self.revoked.lock().unwrap().insert(lease_jti.to_owned());
+        Ok(())
+    }
+
+    fn revoke_principal(&self, principal: &str, _now: Timestamp) -> Result<(), StoreError> {
+        self.revoked.lock().unwrap().insert(principal.to_owned());
+        Ok(())
+    }
+
+    fn revoke_all(&self, _now: Timestamp) -> Result<Epoch, StoreError> {
+        Err(StoreError::Poisoned)
+    }
+
+    fn epoch(&self) -> Result<Epoch, StoreError> {
+        Err(StoreError::Poisoned)
     }
 }

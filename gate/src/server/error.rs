@@ -72,7 +72,7 @@ pub fn answer(refused: &Refused) -> Answer {
         // RFC 9449 §7.1
         headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("DPoP algs=\"ES256\""));
     }
-    if let Refusal::MethodNotAllowed { allow } = refused.cause {
+    if let Refusal::MethodNotAllowed { allow } = *refused.cause {
         headers.insert(header::ALLOW, header::HeaderValue::from_static(allow));
     }
     answer
