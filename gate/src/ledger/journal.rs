@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension, Statement, Transaction, TransactionBehavior, params,
+};
 use serde_json::{Map, Value};
 use tokio::sync::{mpsc, oneshot};
 
@@ -180,17 +182,19 @@ impl Journal {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut head = self.head.clone();
         let mut replies = Vec::with_capacity(batch.len());
+        let mut insert = transaction.prepare("INSERT INTO records(sequence, body) VALUES (?1, ?2)")?;
         for append in batch {
             let reply = if !spacious && matches!(append.guard, Guard::Opens(_)) {
                 Err(LedgerError::NoSpace)
             } else {
-                append_one(&transaction, append, &head, &self.keys)?
+                append_one(&transaction, &mut insert, append, &head, &self.keys)?
             };
             if let Ok(sealed) = &reply {
                 head = sealed.head.clone();
             }
             replies.push(reply);
         }
+        drop(insert);
         let moved = transaction.execute(
             "UPDATE head SET sequence = ?1, hash = ?2 WHERE log_id = ?3 AND sequence = ?4 AND hash IS ?5",
             params![signed(head.sequence)?, head.hash, head.log_id, signed(self.head.sequence)?, self.head.hash],
@@ -212,6 +216,7 @@ impl Journal {
 /// The outer error fails the whole batch; the inner one is this record's own, and nothing of it was written.
 fn append_one(
     transaction: &Transaction<'_>,
+    insert: &mut Statement<'_>,
     append: Append,
     head: &Head,
     keys: &ReceiptKeys,
@@ -233,7 +238,7 @@ fn append_one(
         Err(error) => return Ok(Err(error)),
     };
     let sequence = signed(sealed.head.sequence)?;
-    transaction.execute("INSERT INTO records(sequence, body) VALUES (?1, ?2)", params![sequence, sealed.text])?;
+    insert.execute(params![sequence, sealed.text])?;
     match &append.guard {
         Guard::None => {}
         Guard::Opens(grant_id) => {

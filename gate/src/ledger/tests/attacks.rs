@@ -21,13 +21,9 @@ fn anchor_of(line: &str) -> Anchor {
     Anchor { sequence: record["sequence"].as_u64().unwrap(), hash }
 }
 
-/// Changes the file itself, past the gate: the indices would notice a text that is no JSON.
+/// Changes the file itself, past the gate.
 fn tamper(bench: &Bench, change: impl FnOnce(&Connection)) {
-    let connection = Connection::open(bench.directory().join(FILE)).unwrap();
-    connection
-        .execute_batch("DROP INDEX receipts; DROP INDEX intents; DROP INDEX receipts_of_grants; DROP INDEX traces;")
-        .unwrap();
-    change(&connection);
+    change(&Connection::open(bench.directory().join(FILE)).unwrap());
 }
 
 #[tokio::test]
@@ -47,8 +43,9 @@ async fn any_flipped_bit_of_any_record_shows_at_its_place() {
     let good = format!("{}\n", lines.join("\n")).into_bytes();
     let mut place = 1;
     for at in 0..good.len() {
-        // One bit of each byte by its position, and the letter-case bit, which hex and JSON escapes are tolerant of.
-        for mask in [1 << (at % 8), 0x20] {
+        // One bit of each byte by its position, and the case of each letter, which hex and JSON escapes tolerate.
+        let case = if good[at].is_ascii_alphabetic() { 0x20 } else { 0 };
+        for mask in [1 << (at % 8), case].into_iter().filter(|mask| *mask != 0) {
             let mut bad = good.clone();
             bad[at] ^= mask;
             let report = judge_bytes(&bench, &bad, None);
@@ -275,7 +272,7 @@ async fn a_cut_tail_shows_against_the_head_or_an_anchor_and_not_otherwise() {
 async fn changes_in_the_file_show() {
     for (name, change, place) in [
         ("a record", "UPDATE records SET body = replace(body, 'uid-1000', 'uid-1001') WHERE sequence = 3", 3),
-        ("no text", "UPDATE records SET body = 'x' WHERE sequence = 2", 2),
+        ("an empty one", "UPDATE records SET body = '{}' WHERE sequence = 2", 2),
         ("a row's number", "UPDATE records SET sequence = 10 WHERE sequence = 6", 6),
         ("a record gone", "DELETE FROM records WHERE sequence = 4", 4),
         ("all gone", "DELETE FROM records; DELETE FROM contents", 1),
