@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -82,7 +83,7 @@ pub struct Journal {
     keys: Arc<ReceiptKeys>,
     head: Head,
     reserve_bytes: u64,
-    stopped: bool,
+    stopped: Arc<AtomicBool>,
 }
 
 impl Journal {
@@ -97,7 +98,7 @@ impl Journal {
                 head
             }
         };
-        Ok(Self { connection, directory, keys, head, reserve_bytes, stopped: false })
+        Ok(Self { connection, directory, keys, head, reserve_bytes, stopped: Arc::default() })
     }
 
     pub fn log_id(&self) -> &str {
@@ -159,7 +160,7 @@ impl Journal {
     fn commit(&mut self, batch: Vec<Append>) -> Vec<Reply> {
         let size = batch.len();
         let fail_all = |error: LedgerError| (0..size).map(|_| Err(error.clone())).collect();
-        if self.stopped {
+        if self.stopped.load(Ordering::Acquire) {
             return fail_all(LedgerError::Stopped);
         }
         let spacious = self.has_reserve();
@@ -169,8 +170,8 @@ impl Journal {
                 replies
             }
             Err(error) => {
-                self.stopped = leaves_doubt(&error);
-                if self.stopped {
+                if leaves_doubt(&error) {
+                    self.stopped.store(true, Ordering::Release);
                     tracing::error!(%error, "the ledger stops: it is not known what the disk has");
                 }
                 fail_all(error.into())
@@ -323,10 +324,12 @@ pub fn events(connection: &Connection, filter: &EventFilter) -> Result<Vec<Value
 pub struct Writer {
     queue: Option<mpsc::Sender<(Append, oneshot::Sender<Reply>)>>,
     thread: Option<JoinHandle<()>>,
+    stopped: Arc<AtomicBool>,
 }
 
 impl Writer {
     pub fn start(mut journal: Journal) -> std::io::Result<Self> {
+        let stopped = journal.stopped.clone();
         let (queue, mut waiting) = mpsc::channel::<(Append, oneshot::Sender<Reply>)>(QUEUE);
         let thread = std::thread::Builder::new().name("ledger".into()).spawn(move || {
             while let Some(first) = waiting.blocking_recv() {
@@ -347,7 +350,12 @@ impl Writer {
                 }
             }
         })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread) })
+        Ok(Self { queue: Some(queue), thread: Some(thread), stopped })
+    }
+
+    pub fn is_running(&self) -> bool {
+        let alive = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        alive && !self.stopped.load(Ordering::Acquire)
     }
 
     pub async fn submit(&self, append: Append) -> Reply {
