@@ -229,8 +229,13 @@ fn append_one(
         {
             return Ok(Err(LedgerError::GrantConsumed));
         }
-        Guard::Closes(grant_id) if !has("SELECT 1 FROM open_intents WHERE grant_id = ?1", grant_id)? => {
-            return Ok(Err(LedgerError::NoIntent));
+        Guard::Closes(grant_id) => {
+            let Some(intended) = intended(transaction, grant_id)? else { return Ok(Err(LedgerError::NoIntent)) };
+            // A verifier would find the log broken, and for good.
+            let told = ["action_id", "principal", "request_hash"].map(|field| append.record.get(field));
+            if told.map(|value| value.and_then(Value::as_str)) != intended.each_ref().map(Option::as_deref) {
+                return Ok(Err(LedgerError::Refused("the receipt says otherwise than its intent".into())));
+            }
         }
         _ => {}
     }
@@ -258,6 +263,18 @@ fn append_one(
         transaction.execute("INSERT INTO contents VALUES (?1, ?2, ?3)", params![id, content.name, content.bytes])?;
     }
     Ok(Ok(sealed))
+}
+
+/// Action, principal and request hash of a grant's open intent.
+fn intended(transaction: &Transaction<'_>, grant_id: &str) -> rusqlite::Result<Option<[Option<String>; 3]>> {
+    transaction
+        .query_row(
+            "SELECT action_id, principal, body ->> '$.details.plan.request_hash'
+                FROM open_intents JOIN records USING (sequence) WHERE open_intents.grant_id = ?1",
+            [grant_id],
+            |row| Ok([row.get(0)?, row.get(1)?, row.get(2)?]),
+        )
+        .optional()
 }
 
 /// After a failed write that was rolled back the file is as it was. After an I/O error nobody knows: an fsync that

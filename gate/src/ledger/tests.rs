@@ -270,6 +270,29 @@ async fn a_grant_is_good_for_its_own_plan_in_its_own_time_only() {
 }
 
 #[tokio::test]
+async fn a_receipt_says_what_its_intent_said() {
+    let bench = Bench::new();
+    let (ledger, _) = bench.open();
+    let (grant, intent) = decided(0);
+    ledger.intent(&grant, intent.clone()).await.unwrap();
+    let good = outcome(&grant, &intent);
+    for other in [
+        ReceiptDraft { action_id: "http_post".into(), ..good.clone() },
+        ReceiptDraft { principal: "uid-0".into(), ..good.clone() },
+        ReceiptDraft { request_hash: hash::sha256_tagged(b"{}"), ..good.clone() },
+    ] {
+        assert!(matches!(ledger.receipt(other).await, Err(LedgerError::Refused(_))));
+    }
+    let twice = [good.contents.clone(), good.contents.clone()].concat();
+    assert!(ledger.receipt(ReceiptDraft { contents: twice, ..good.clone() }).await.is_err(), "two of one name");
+    let huge = json!("x".repeat(5 << 20));
+    assert!(ledger.receipt(ReceiptDraft { provider_receipt: huge, ..good.clone() }).await.is_err());
+    ledger.receipt(good).await.unwrap();
+    let report = bench.verify();
+    assert!(report.intact && report.total_events == 2, "{report:?}");
+}
+
+#[tokio::test]
 async fn an_event_cannot_pass_for_an_intent_nor_a_number_change_on_its_way() {
     let bench = Bench::new();
     let (ledger, _) = bench.open();
@@ -434,11 +457,6 @@ async fn appends_share_commits() {
                 })
             })
             .collect();
-        // A verifier that looks in while the gate writes sees a whole log, with the head that belongs to it.
-        for _ in 0..3 {
-            let report = bench.verify();
-            assert!(report.intact && report.tail == Tail::Head, "{report:?}");
-        }
         for task in tasks {
             task.await.unwrap();
         }
@@ -446,4 +464,22 @@ async fn appends_share_commits() {
         println!("{waiting} waiting: {rate:.0} appends/s");
     }
     assert!(bench.verify().intact);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verifier_that_looks_in_while_the_gate_writes_sees_a_whole_log() {
+    let bench = Bench::new();
+    let (ledger, _) = bench.open();
+    let writer = tokio::spawn(async move {
+        for index in 0..60 {
+            call(&ledger, index).await;
+        }
+    });
+    let mut seen = 0;
+    while seen < 180 {
+        let report = bench.verify();
+        assert!(report.intact && report.tail == Tail::Head && report.total_events >= seen, "{report:?}");
+        seen = report.total_events;
+    }
+    writer.await.unwrap();
 }
