@@ -14,7 +14,7 @@
 //! also sets the head (a row beside the records, which catches accidents) back. For that it needs to be told a record
 //! that must be there: any receipt that someone keeps is such an [`Anchor`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use rusqlite::{Connection, OptionalExtension};
@@ -151,6 +151,7 @@ pub struct Ledger {
     keys: Arc<ReceiptKeys>,
     workspace: String,
     log_id: String,
+    directory: PathBuf,
     // After the writer, so that the thread has ended before another process may begin.
     _lock: DirectoryLock,
 }
@@ -180,7 +181,8 @@ impl Ledger {
         let reader = Mutex::new(journal::reader(directory)?);
         let writer = Writer::start(journal).map_err(|error| LedgerError::Storage(error.to_string()))?;
         let workspace = config.workspace.clone();
-        Ok((Self { writer, reader, keys, workspace, log_id, _lock: lock }, closed))
+        let directory = directory.to_owned();
+        Ok((Self { writer, reader, keys, workspace, log_id, directory, _lock: lock }, closed))
     }
 
     /// The UUID of this log, in every record.
@@ -263,9 +265,14 @@ impl Ledger {
         journal::events(&reader, filter)
     }
 
-    /// Verifies the whole log as it is now, from another connection.
-    pub fn verify(&self, directory: &Path) -> Result<VerifyReport, verify::VerifyError> {
-        verify::verify(directory, self.keys.public(), None)
+    /// Verifies the whole log as it is now, from another connection; reads all of it, so not on an async thread.
+    pub fn verify(&self, anchor: Option<&Anchor>) -> Result<VerifyReport, verify::VerifyError> {
+        verify::verify(&self.directory, self.keys.public(), anchor)
+    }
+
+    /// False once the ledger has stopped: no call can be recorded, and so none can be served, until it is opened anew.
+    pub fn is_running(&self) -> bool {
+        self.writer.is_running()
     }
 
     fn one(&self, query: &str, id: &str) -> Result<Option<Receipt>, LedgerError> {

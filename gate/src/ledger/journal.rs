@@ -2,10 +2,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension, Statement, Transaction, TransactionBehavior, params,
+};
 use serde_json::{Map, Value};
 use tokio::sync::{mpsc, oneshot};
 
@@ -80,7 +83,7 @@ pub struct Journal {
     keys: Arc<ReceiptKeys>,
     head: Head,
     reserve_bytes: u64,
-    stopped: bool,
+    stopped: Arc<AtomicBool>,
 }
 
 impl Journal {
@@ -95,7 +98,7 @@ impl Journal {
                 head
             }
         };
-        Ok(Self { connection, directory, keys, head, reserve_bytes, stopped: false })
+        Ok(Self { connection, directory, keys, head, reserve_bytes, stopped: Arc::default() })
     }
 
     pub fn log_id(&self) -> &str {
@@ -157,7 +160,7 @@ impl Journal {
     fn commit(&mut self, batch: Vec<Append>) -> Vec<Reply> {
         let size = batch.len();
         let fail_all = |error: LedgerError| (0..size).map(|_| Err(error.clone())).collect();
-        if self.stopped {
+        if self.stopped.load(Ordering::Acquire) {
             return fail_all(LedgerError::Stopped);
         }
         let spacious = self.has_reserve();
@@ -167,8 +170,8 @@ impl Journal {
                 replies
             }
             Err(error) => {
-                self.stopped = leaves_doubt(&error);
-                if self.stopped {
+                if leaves_doubt(&error) {
+                    self.stopped.store(true, Ordering::Release);
                     tracing::error!(%error, "the ledger stops: it is not known what the disk has");
                 }
                 fail_all(error.into())
@@ -180,17 +183,19 @@ impl Journal {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut head = self.head.clone();
         let mut replies = Vec::with_capacity(batch.len());
+        let mut insert = transaction.prepare("INSERT INTO records(sequence, body) VALUES (?1, ?2)")?;
         for append in batch {
             let reply = if !spacious && matches!(append.guard, Guard::Opens(_)) {
                 Err(LedgerError::NoSpace)
             } else {
-                append_one(&transaction, append, &head, &self.keys)?
+                append_one(&transaction, &mut insert, append, &head, &self.keys)?
             };
             if let Ok(sealed) = &reply {
                 head = sealed.head.clone();
             }
             replies.push(reply);
         }
+        drop(insert);
         let moved = transaction.execute(
             "UPDATE head SET sequence = ?1, hash = ?2 WHERE log_id = ?3 AND sequence = ?4 AND hash IS ?5",
             params![signed(head.sequence)?, head.hash, head.log_id, signed(self.head.sequence)?, self.head.hash],
@@ -212,6 +217,7 @@ impl Journal {
 /// The outer error fails the whole batch; the inner one is this record's own, and nothing of it was written.
 fn append_one(
     transaction: &Transaction<'_>,
+    insert: &mut Statement<'_>,
     append: Append,
     head: &Head,
     keys: &ReceiptKeys,
@@ -223,8 +229,13 @@ fn append_one(
         {
             return Ok(Err(LedgerError::GrantConsumed));
         }
-        Guard::Closes(grant_id) if !has("SELECT 1 FROM open_intents WHERE grant_id = ?1", grant_id)? => {
-            return Ok(Err(LedgerError::NoIntent));
+        Guard::Closes(grant_id) => {
+            let Some(intended) = intended(transaction, grant_id)? else { return Ok(Err(LedgerError::NoIntent)) };
+            // A verifier would find the log broken, and for good.
+            let told = ["action_id", "principal", "request_hash"].map(|field| append.record.get(field));
+            if told.map(|value| value.and_then(Value::as_str)) != intended.each_ref().map(Option::as_deref) {
+                return Ok(Err(LedgerError::Refused("the receipt says otherwise than its intent".into())));
+            }
         }
         _ => {}
     }
@@ -233,7 +244,7 @@ fn append_one(
         Err(error) => return Ok(Err(error)),
     };
     let sequence = signed(sealed.head.sequence)?;
-    transaction.execute("INSERT INTO records(sequence, body) VALUES (?1, ?2)", params![sequence, sealed.text])?;
+    insert.execute(params![sequence, sealed.text])?;
     match &append.guard {
         Guard::None => {}
         Guard::Opens(grant_id) => {
@@ -252,6 +263,18 @@ fn append_one(
         transaction.execute("INSERT INTO contents VALUES (?1, ?2, ?3)", params![id, content.name, content.bytes])?;
     }
     Ok(Ok(sealed))
+}
+
+/// Action, principal and request hash of a grant's open intent.
+fn intended(transaction: &Transaction<'_>, grant_id: &str) -> rusqlite::Result<Option<[Option<String>; 3]>> {
+    transaction
+        .query_row(
+            "SELECT action_id, principal, body ->> '$.details.plan.request_hash'
+                FROM open_intents JOIN records USING (sequence) WHERE open_intents.grant_id = ?1",
+            [grant_id],
+            |row| Ok([row.get(0)?, row.get(1)?, row.get(2)?]),
+        )
+        .optional()
 }
 
 /// After a failed write that was rolled back the file is as it was. After an I/O error nobody knows: an fsync that
@@ -318,10 +341,12 @@ pub fn events(connection: &Connection, filter: &EventFilter) -> Result<Vec<Value
 pub struct Writer {
     queue: Option<mpsc::Sender<(Append, oneshot::Sender<Reply>)>>,
     thread: Option<JoinHandle<()>>,
+    stopped: Arc<AtomicBool>,
 }
 
 impl Writer {
     pub fn start(mut journal: Journal) -> std::io::Result<Self> {
+        let stopped = journal.stopped.clone();
         let (queue, mut waiting) = mpsc::channel::<(Append, oneshot::Sender<Reply>)>(QUEUE);
         let thread = std::thread::Builder::new().name("ledger".into()).spawn(move || {
             while let Some(first) = waiting.blocking_recv() {
@@ -342,7 +367,12 @@ impl Writer {
                 }
             }
         })?;
-        Ok(Self { queue: Some(queue), thread: Some(thread) })
+        Ok(Self { queue: Some(queue), thread: Some(thread), stopped })
+    }
+
+    pub fn is_running(&self) -> bool {
+        let alive = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        alive && !self.stopped.load(Ordering::Acquire)
     }
 
     pub async fn submit(&self, append: Append) -> Reply {

@@ -137,6 +137,16 @@ pub fn seal(mut record: Map<String, Value>, head: &Head, keys: &ReceiptKeys) -> 
 
 /// Whether a record's stored signature is good for its stored content: the hash is computed anew.
 pub fn signature_status(record: &Map<String, Value>, kind: Kind, keys: &PublicKeys) -> SignatureStatus {
+    signature_status_of(record, kind, keys, content_hash(record, kind).ok().as_deref())
+}
+
+/// The same for a content whose bare hash was computed already; `None` when it has none.
+pub fn signature_status_of(
+    record: &Map<String, Value>,
+    kind: Kind,
+    keys: &PublicKeys,
+    bare: Option<&str>,
+) -> SignatureStatus {
     let field = |name: &str| record.get(name).filter(|value| !value.is_null());
     let Some(signature) = field(kind.signature_field()) else { return SignatureStatus::MissingSignature };
     let Some(key_id) = field("signing_key_id") else { return SignatureStatus::MissingKeyId };
@@ -145,8 +155,8 @@ pub fn signature_status(record: &Map<String, Value>, kind: Kind, keys: &PublicKe
         .as_str()
         .and_then(|text| hash::unhex(text).filter(|bytes| bytes.len() == 64 && hash::hex(bytes) == text));
     let Some(bytes) = bytes else { return SignatureStatus::MalformedSignature };
-    let Ok(bare) = content_hash(record, kind) else { return SignatureStatus::Invalid };
-    let spelled = kind.spell(&bare);
+    let Some(bare) = bare else { return SignatureStatus::Invalid };
+    let spelled = kind.spell(bare);
     match key_id.as_str().and_then(|id| keys.verify(id, &kind.signed_bytes(&spelled), &bytes)) {
         None => SignatureStatus::UnknownKeyId,
         Some(true) if field(kind.hash_field()).and_then(Value::as_str) == Some(&spelled) => SignatureStatus::Valid,

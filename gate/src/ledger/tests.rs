@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
+use super::verify::Tail;
 use super::*;
 use crate::action::canonical::jcs;
 
@@ -140,14 +141,12 @@ async fn a_call_leaves_an_intent_and_a_receipt_that_verify() {
     assert_eq!(ledger.receipt_by_id("another").unwrap(), None);
     // While the gate still has it open, and by a reader of its own.
     let live = bench.verify();
-    assert!(live.intact, "{live:?}");
+    assert!(live.intact && ledger.is_running(), "{live:?}");
     assert_eq!((live.total_events, live.verified_links, live.receipts, live.contents), (3, 3, 1, Some(2)));
     assert_eq!((live.tail, live.open_intents, live.log_id.as_deref()), (Tail::Head, 0, Some(ledger.log_id())));
     drop(ledger);
     assert!(bench.verify().intact);
 }
-
-use verify::Tail;
 
 /// The bytes of API.md section 8, made here by hand and not by the module under test.
 #[tokio::test]
@@ -268,6 +267,29 @@ async fn a_grant_is_good_for_its_own_plan_in_its_own_time_only() {
     let mut last = intent;
     last.at = grant.not_after;
     ledger.intent(&grant, last).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_receipt_says_what_its_intent_said() {
+    let bench = Bench::new();
+    let (ledger, _) = bench.open();
+    let (grant, intent) = decided(0);
+    ledger.intent(&grant, intent.clone()).await.unwrap();
+    let good = outcome(&grant, &intent);
+    for other in [
+        ReceiptDraft { action_id: "http_post".into(), ..good.clone() },
+        ReceiptDraft { principal: "uid-0".into(), ..good.clone() },
+        ReceiptDraft { request_hash: hash::sha256_tagged(b"{}"), ..good.clone() },
+    ] {
+        assert!(matches!(ledger.receipt(other).await, Err(LedgerError::Refused(_))));
+    }
+    let twice = [good.contents.clone(), good.contents.clone()].concat();
+    assert!(ledger.receipt(ReceiptDraft { contents: twice, ..good.clone() }).await.is_err(), "two of one name");
+    let huge = json!("x".repeat(5 << 20));
+    assert!(ledger.receipt(ReceiptDraft { provider_receipt: huge, ..good.clone() }).await.is_err());
+    ledger.receipt(good).await.unwrap();
+    let report = bench.verify();
+    assert!(report.intact && report.total_events == 2, "{report:?}");
 }
 
 #[tokio::test]
@@ -442,4 +464,22 @@ async fn appends_share_commits() {
         println!("{waiting} waiting: {rate:.0} appends/s");
     }
     assert!(bench.verify().intact);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verifier_that_looks_in_while_the_gate_writes_sees_a_whole_log() {
+    let bench = Bench::new();
+    let (ledger, _) = bench.open();
+    let writer = tokio::spawn(async move {
+        for index in 0..60 {
+            call(&ledger, index).await;
+        }
+    });
+    let mut seen = 0;
+    while seen < 180 {
+        let report = bench.verify();
+        assert!(report.intact && report.tail == Tail::Head && report.total_events >= seen, "{report:?}");
+        seen = report.total_events;
+    }
+    writer.await.unwrap();
 }

@@ -305,14 +305,14 @@ impl<'a> Check<'a> {
             self.problem(place, "it is neither a receipt nor an event".into());
             return None;
         };
-        match record::signature_status(&record, kind, self.keys) {
+        // From the content and not from what it says, so that the next link shows what was changed here.
+        self.previous = record::content_hash(&record, kind).ok();
+        match record::signature_status_of(&record, kind, self.keys, self.previous.as_deref()) {
             SignatureStatus::Valid => {}
             status => self.problem(place, format!("its signature: {status:?}")),
         }
         self.place_in_chain(&record, kind, row, previous.as_deref());
         self.place_in_call(&record, kind);
-        // From the content and not from what it says, so that the next link shows what was changed here.
-        self.previous = record::content_hash(&record, kind).ok();
         if let Some(anchor) = self.anchor.filter(|anchor| anchor.sequence == place) {
             self.anchored = anchor.hash.is_none() || anchor.hash == self.previous;
             if !self.anchored {
