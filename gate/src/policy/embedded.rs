@@ -132,11 +132,7 @@ impl Embedded {
         // Asking once prepares the engine, and finds a policy without the rule. The answer to an empty input is not
         // looked at.
         engine.set_input(regorus::Value::new_object());
-        match engine.eval_rule(DECISION.to_owned()) {
-            Ok(_) => {}
-            Err(error) if is_timeout(&*error) => {}
-            Err(error) => return Err(PolicyLoadError::NoDecision(error.to_string())),
-        }
+        engine.eval_rule(DECISION.to_owned()).map_err(|error| PolicyLoadError::NoDecision(error.to_string()))?;
         let version = version(&files).map_err(|error| PolicyLoadError::NoDecision(error.to_string()))?;
         Ok(Self { template: Mutex::new(engine), ready: Mutex::new(Vec::new()), version })
     }
