@@ -228,10 +228,13 @@ fn templates_that_cannot_be_used_are_refused() {
         "{{a}}{{b}}",
         "https://h.example\\{{a}}/",
         "https://:{{a}}/",
+        "https://a..b/{{a}}",
+        "https://h.example:x/",
+        "https://h.example./{{a}}",
+        "https://h.example/../{{a}}",
+        "https://h ost/",
     ] {
-        // "https://" and the like have a literal only, which has no host to find until it is rendered.
-        let parsed = Template::parse("GET", url, &BTreeMap::new(), None);
-        let usable = parsed.is_ok_and(|t| render(&t, &params(json!({"a": "a", "b": "b"}))).is_ok());
+        let usable = Template::parse("GET", url, &BTreeMap::new(), None).is_ok();
         assert!(!usable, "{url}");
     }
     let with = |method: &str, name: &str, value: &str| {
