@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::action::registry::AddedDomains;
 use crate::action::schema::{Schema, SchemaViolation};
 use crate::action::template::{self, HttpCall, Template, TemplateError};
 use crate::egress::profile::{Denied, DenyReason, Profile};
@@ -206,7 +207,15 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError`] with the line, for what is malformed, unknown to this build or not enforceable by it.
     pub fn parse(text: &str, base: Option<&Path>) -> Result<Self, ManifestError> {
-        load::parse(text, base)
+        load::parse(text, base, &AddedDomains::new())
+    }
+
+    /// The same, with what a configuration adds to the action's `egress.allowed_domains`.
+    ///
+    /// # Errors
+    /// [`ManifestError`].
+    pub fn parse_with(text: &str, base: Option<&Path>, added: &AddedDomains) -> Result<Self, ManifestError> {
+        load::parse(text, base, added)
     }
 
     /// `action_digest`: `sha256:<hex>` of the JCS form of the manifest as parsed, schema files included.

@@ -143,7 +143,9 @@ impl Embedded {
         ready.unwrap_or_else(|| self.template.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
-    fn give_back(&self, engine: regorus::Engine) {
+    fn give_back(&self, mut engine: regorus::Engine) {
+        // No call's params stay behind in an engine that waits.
+        engine.set_input(regorus::Value::new_object());
         let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         if ready.len() < KEPT_ENGINES {
             ready.push(engine);

@@ -265,6 +265,66 @@ fn what_up_starts_with_allows_low_and_holds_high() {
     check(&engine, "critical", &case(RiskLevel::Critical), &Said::Hold);
 }
 
+/// The whole way that a call goes through this part of the gate, with what is built in.
+#[test]
+fn the_built_in_actions_are_decided_by_their_risk() {
+    use crate::action::registry::{AddedDomains, Registry, Source};
+    let added = ["http_fetch", "http_post", "http_delete"].map(|id| (id.to_owned(), vec![json!("api.example.com")]));
+    let registry = Registry::load_with(&[Source::Embedded], &AddedDomains::from(added)).unwrap();
+    let engine = with_data(r#"{"acl": {"*": {"allowed_actions": ["http_post"]}}}"#);
+    let scopes = ["tools:call".to_owned()];
+    let params = json!({"url": "https://api.example.com/x", "body": {"a": 1}}).as_object().unwrap().clone();
+    for (id, said) in [
+        ("http_fetch", Said::Allow),
+        ("http_post", Said::Allow),
+        ("http_put", Said::Deny("does not name")),
+        ("http_delete", Said::Hold),
+        ("web_read", Said::Allow),
+    ] {
+        let manifest = registry.action(id).unwrap();
+        let asking = Asking { principal: "uid-1000", session_id: "s", scopes: &scopes, peer: Peer::default() };
+        let left = BudgetsBefore::default();
+        let input = PolicyInput::new(asking, manifest, registry.verdict(id), "sha256:00", &params, left);
+        match (engine.evaluate(&input).unwrap(), said) {
+            (PolicyDecision::Allow(terms), Said::Allow) | (PolicyDecision::Hold { terms, .. }, Said::Hold) => {
+                // The default policy gives back what it was asked for, and that is the manifest's profile unchanged.
+                assert_eq!(terms.profile(&manifest.profile), *manifest.profile, "{id}");
+                assert_eq!(terms.sinks(&manifest.declared_side_effects), manifest.declared_side_effects, "{id}");
+            }
+            (PolicyDecision::Deny { reason }, Said::Deny(part)) => assert!(reason.contains(part), "{id}: {reason}"),
+            (decision, said) => panic!("{id}: {decision:?}, and not {said:?}"),
+        }
+    }
+}
+
+#[test]
+fn policy_can_only_take_away() {
+    let profile = |names: &[&str]| {
+        let entry = |name: &&str| crate::egress::profile::DomainEntry::Plain((*name).to_owned()).compile().unwrap().0;
+        Profile::allowlist(names.iter().map(entry))
+    };
+    let terms = |output: &str| match PolicyDecision::from_output(output).unwrap() {
+        PolicyDecision::Allow(terms) => terms,
+        other => panic!("{other:?}"),
+    };
+    let manifest = profile(&["api.example.com", "cdn.example.net"]);
+    let requested: Vec<String> = vec!["A".into(), "B".into()];
+    let open = terms(r#"{"allow": true}"#);
+    assert_eq!((open.profile(&manifest), open.secrets(&requested)), (manifest.clone(), requested.clone()));
+    let less = terms(
+        r#"{"allow": true, "approved_secrets": ["B", "C"], "allowed_sinks": [],
+            "approved_egress": {"proxy_allowlist": {"allowed_domains": ["example.com", "evil.example"]}}}"#,
+    );
+    assert_eq!(less.profile(&manifest), profile(&["api.example.com"]));
+    assert_eq!(less.secrets(&requested), ["B"]);
+    assert!(less.sinks(&requested).is_empty());
+    assert_eq!(less.profile(&Profile::None), Profile::None);
+    let none = terms(r#"{"allow": true, "approved_egress": "none"}"#);
+    assert_eq!(none.profile(&manifest), Profile::None);
+    let null = terms(r#"{"allow": true, "approved_egress": null, "approved_secrets": null}"#);
+    assert_eq!(null.profile(&manifest), manifest);
+}
+
 #[test]
 fn without_an_acl_nobody_is_known() {
     for data in ["{}", r#"{"acl": {}}"#, r#"{"acl": []}"#, r#"{"acl": {"someone": {}}}"#] {

@@ -12,9 +12,10 @@ use super::raw::{
 };
 use super::{Call, Command, MAX_MANIFEST_BYTES, Manifest, RootFilesystem, SealedFile, Verifier, Warning, keys};
 use crate::action::canonical;
+use crate::action::registry::AddedDomains;
 use crate::action::schema::Schema;
 use crate::action::template::{METHODS, Template};
-use crate::egress::profile::{NotEnforced, Profile};
+use crate::egress::profile::{DomainEntry, NotEnforced, Profile};
 use crate::hash::sha256_tagged;
 
 /// Why a manifest does not load.
@@ -48,19 +49,22 @@ fn line(location: Location) -> Option<u64> {
     Some(location.line()).filter(|&line| line > 0)
 }
 
-pub(super) fn parse(text: &str, base: Option<&Path>) -> Result<Manifest, ManifestError> {
+pub(super) fn parse(text: &str, base: Option<&Path>, added: &AddedDomains) -> Result<Manifest, ManifestError> {
     if text.len() > MAX_MANIFEST_BYTES {
         return Err(ManifestError::new(format!("is longer than {MAX_MANIFEST_BYTES} bytes")));
     }
     // `yes`, `no` and `on` are strings, as YAML 1.2 has them and as the published gate reads them.
     let options = || serde_saphyr::options! { strict_booleans: true };
-    let raw: RawManifest =
+    let mut raw: RawManifest =
         serde_saphyr::from_str_with_options(text, options()).map_err(|error| ManifestError::yaml(&error))?;
     let mut plain: Value =
         serde_saphyr::from_str_with_options(text, options()).map_err(|error| ManifestError::yaml(&error))?;
     let mut warnings = keys::unknown(&plain, text);
 
     check_identity(&raw)?;
+    if let Some(added) = added.get(&raw.action_id.value) {
+        add_domains(&mut raw, &mut plain, added)?;
+    }
     let allowed_methods = allowed_methods(&raw)?;
     let call = call(&raw, allowed_methods.as_deref())?;
     let profile = profile(&raw.egress, &mut warnings)?;
@@ -95,6 +99,27 @@ pub(super) fn parse(text: &str, base: Option<&Path>) -> Result<Manifest, Manifes
         warnings,
         digest,
     })
+}
+
+/// Writes added domains into both readings of the manifest.
+fn add_domains(raw: &mut RawManifest, plain: &mut Value, added: &[Value]) -> Result<(), ManifestError> {
+    let wrong = |error: &dyn std::fmt::Display| ManifestError::new(format!("added domains: {error}"));
+    if raw.egress.profile == RawProfile::None {
+        return Err(wrong(&"egress.profile none reaches nothing"));
+    }
+    for entry in added {
+        let domain: DomainEntry = serde_json::from_value(entry.clone()).map_err(|error| wrong(&error))?;
+        domain.compile().map_err(|error| wrong(&error))?;
+        raw.egress.allowed_domains.push(Spanned::new(domain, Location::UNKNOWN, Location::UNKNOWN));
+    }
+    let written = plain
+        .pointer_mut("/egress")
+        .and_then(Value::as_object_mut)
+        .map(|egress| egress.entry("allowed_domains").or_insert_with(|| Value::Array(Vec::new())))
+        .and_then(Value::as_array_mut)
+        .ok_or_else(|| wrong(&"egress.allowed_domains is not a list"))?;
+    written.extend(added.iter().cloned());
+    Ok(())
 }
 
 fn check_identity(raw: &RawManifest) -> Result<(), ManifestError> {
