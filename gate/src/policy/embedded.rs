@@ -10,7 +10,7 @@ use std::time::Duration;
 use regorus::utils::limits::{ExecutionTimerConfig, LimitError};
 use serde::Serialize;
 
-use super::{Engine, PolicyDecision, PolicyError, PolicyInput};
+use super::{Engine, PolicyDecision, PolicyError, PolicyInput, data};
 use crate::action::canonical::jcs;
 use crate::hash::{sha256_hex, sha256_tagged};
 
@@ -114,8 +114,8 @@ impl Embedded {
                 what: error.to_string(),
             };
             if file.name.ends_with(".json") {
-                let data = parse_data(&file.text).map_err(|error| wrong(&error))?;
-                engine.add_data(data).map_err(|error| wrong(&error))?;
+                let parsed = data::parse(&file.text).map_err(|error| wrong(&error))?;
+                engine.add_data(parsed).map_err(|error| wrong(&error))?;
             } else {
                 engine.add_policy(file.name.clone(), file.text.clone()).map_err(|error| wrong(&error))?;
                 policies += 1;
@@ -190,15 +190,6 @@ fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
         cause = error.source();
     }
     false
-}
-
-/// Data, an object at the top: two files are then merged by their members.
-fn parse_data(text: &str) -> Result<regorus::Value, String> {
-    let value = regorus::Value::from_json_str(text).map_err(|error| error.to_string())?;
-    if value.as_object().is_err() {
-        return Err("policy data must be an object".to_owned());
-    }
-    Ok(value)
 }
 
 #[derive(Serialize)]

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use serde_saphyr::{Location, Spanned};
 
 use super::raw::{
@@ -76,6 +76,10 @@ pub(super) fn parse(text: &str, base: Option<&Path>, added: &AddedDomains) -> Re
     if let (Call::Http(template), Some(schema)) = (&call, &request_schema) {
         unreachable_params(template, schema, &mut warnings);
     }
+    let defaults = match (&call, &request_schema) {
+        (Call::Http(template), Some(schema)) => defaults(template, schema)?,
+        _ => Map::new(),
+    };
     let digest = canonical::jcs(&plain).map(|bytes| sha256_tagged(&bytes)).map_err(ManifestError::new)?;
     Ok(Manifest {
         action_id: raw.action_id.value,
@@ -98,6 +102,7 @@ pub(super) fn parse(text: &str, base: Option<&Path>, added: &AddedDomains) -> Re
         tags: raw.tags,
         warnings,
         digest,
+        defaults,
     })
 }
 
@@ -371,4 +376,27 @@ fn unreachable_params(template: &Template, schema: &Schema, warnings: &mut Vec<W
             warnings.push(Warning { line: None, what });
         }
     }
+}
+
+/// The defaults of the params that a template names. They stand for what a caller could have sent, so the schema has to
+/// let them in.
+fn defaults(template: &Template, schema: &Schema) -> Result<Map<String, Value>, ManifestError> {
+    let mut found = Map::new();
+    let Template::Given { .. } = template else {
+        return Ok(found);
+    };
+    for param in template.params() {
+        let property = schema.source().get("properties").and_then(|properties| properties.get(param));
+        let Some((property, default)) = property.and_then(|property| Some((property, property.get("default")?))) else {
+            continue;
+        };
+        let wrong = |what: &dyn std::fmt::Display| {
+            ManifestError::new(format!("io.request_schema: the default of {param:?}: {what}"))
+        };
+        // A property that refers elsewhere in its schema cannot be compiled alone: such a default does not load.
+        let alone = Schema::compile(property).map_err(|error| wrong(&error))?;
+        alone.validate(default).map_err(|violation| wrong(&violation.what))?;
+        found.insert(param.to_owned(), default.clone());
+    }
+    Ok(found)
 }

@@ -337,6 +337,26 @@ fn outcomes_are_verified_by_status_and_members() {
     assert_eq!(Verifier::None.verify(&output(500)), Verification::UnverifiableDeclared);
 }
 
+#[test]
+fn a_param_that_is_left_out_has_its_default() {
+    let with = |default: &str| {
+        let text = HTTP.replace("/v1/{{id}}", "/v1?q={{id}}&start={{start}}").replace(
+            "maxLength: 20 } }",
+            &format!("maxLength: 20 }}, start: {{ type: integer, default: {default} }} }}"),
+        );
+        parse(&text)
+    };
+    let manifest = with("10").unwrap();
+    let url = |value: Value| match manifest.prepare(&params(value)).unwrap() {
+        Prepared::Http(call) => call.url,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(url(json!({"id": "x"})), "https://api.example.com/v1?q=x&start=10");
+    assert_eq!(url(json!({"id": "x", "start": 3})), "https://api.example.com/v1?q=x&start=3");
+    assert!(manifest.prepare(&params(json!({"start": 3}))).is_err());
+    assert!(with("ten").unwrap_err().what.contains("the default of \"start\""));
+}
+
 /// In the form of manifests that are in the field: imports, fuel, tags, an optional secret, schemas written out.
 #[test]
 fn a_manifest_from_the_field_loads_unchanged() {
