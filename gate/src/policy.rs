@@ -10,6 +10,7 @@ use crate::action::manifest::{Manifest, RiskLevel};
 use crate::action::registry::TrustVerdict;
 use crate::egress::profile::{Narrowing, Profile};
 
+mod data;
 pub mod embedded;
 #[cfg(test)]
 mod tests;

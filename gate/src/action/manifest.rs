@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::action::registry::AddedDomains;
 use crate::action::schema::{Schema, SchemaViolation};
 use crate::action::template::{self, HttpCall, Template, TemplateError};
 use crate::egress::profile::{Denied, DenyReason, Profile};
@@ -56,6 +57,8 @@ pub struct Manifest {
     /// What `latchgate actions lint` says: unknown keys, and things that load and deserve a look.
     pub warnings: Vec<Warning>,
     digest: String,
+    /// The `default`s of the request schema's own properties, for params that a template names and a call leaves out.
+    defaults: Map<String, Value>,
 }
 
 /// How the action does its work.
@@ -206,7 +209,15 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError`] with the line, for what is malformed, unknown to this build or not enforceable by it.
     pub fn parse(text: &str, base: Option<&Path>) -> Result<Self, ManifestError> {
-        load::parse(text, base)
+        load::parse(text, base, &AddedDomains::new())
+    }
+
+    /// The same, with what a configuration adds to the action's `egress.allowed_domains`.
+    ///
+    /// # Errors
+    /// [`ManifestError`].
+    pub fn parse_with(text: &str, base: Option<&Path>, added: &AddedDomains) -> Result<Self, ManifestError> {
+        load::parse(text, base, added)
     }
 
     /// `action_digest`: `sha256:<hex>` of the JCS form of the manifest as parsed, schema files included.
@@ -228,13 +239,21 @@ impl Manifest {
         self.request_schema.as_ref().map_or(Ok(()), |schema| schema.validate(params))
     }
 
-    /// Makes the call of validated params.
+    /// Makes the call of validated params. A param that a template names and the call leaves out has the `default` that
+    /// the request schema gives it.
     ///
     /// # Errors
     /// [`TemplateError`] when the params do not fit the template.
     pub fn prepare(&self, params: &Map<String, Value>) -> Result<Prepared, TemplateError> {
         match &self.call {
-            Call::Http(template) => template::render(template, params).map(Prepared::Http),
+            Call::Http(template) if self.defaults.keys().all(|name| params.contains_key(name)) => {
+                template::render(template, params).map(Prepared::Http)
+            }
+            Call::Http(template) => {
+                let mut filled = self.defaults.clone();
+                filled.extend(params.clone());
+                template::render(template, &filled).map(Prepared::Http)
+            }
             Call::Command(command) => {
                 let stdin = match command.stdin {
                     Stdin::Params => Value::Object(params.clone()).to_string().into_bytes(),

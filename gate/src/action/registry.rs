@@ -32,6 +32,9 @@ pub enum Source {
     Directory(PathBuf),
 }
 
+/// Domains that a configuration adds to actions, by action id: entries as `egress.allowed_domains` has them.
+pub type AddedDomains = BTreeMap<String, Vec<Value>>;
+
 /// The actions, by id.
 #[derive(Debug)]
 pub struct Registry {
@@ -80,11 +83,20 @@ impl Registry {
     /// # Errors
     /// [`LoadError`] with file and line of everything that is wrong in any of them.
     pub fn load(sources: &[Source]) -> Result<Self, LoadError> {
+        Self::load_with(sources, &AddedDomains::new())
+    }
+
+    /// The same, with domains added to some actions, as if they were written in their manifests: digests and profile
+    /// hashes are of the result.
+    ///
+    /// # Errors
+    /// [`LoadError`], also for an action that does not exist or whose egress profile is `none`.
+    pub fn load_with(sources: &[Source], added: &AddedDomains) -> Result<Self, LoadError> {
         let (mut actions, mut warnings, mut problems) = (BTreeMap::new(), Vec::new(), Vec::new());
         for source in sources {
             let mut of_source: BTreeMap<String, (String, Arc<Manifest>)> = BTreeMap::new();
             for (file, base, text) in source.texts(&mut problems) {
-                let manifest = match Manifest::parse(&text, base) {
+                let manifest = match Manifest::parse_with(&text, base, added) {
                     Ok(manifest) => manifest,
                     Err(error) => {
                         problems.push(Remark { file, line: error.line, what: error.what });
@@ -102,6 +114,14 @@ impl Registry {
                 of_source.insert(manifest.action_id.clone(), (file, Arc::new(manifest)));
             }
             actions.extend(of_source.into_iter().map(|(id, (_, manifest))| (id, manifest)));
+        }
+        // A manifest that did not load is not here, and is a problem already.
+        if problems.is_empty() {
+            problems.extend(added.keys().filter(|id| !actions.contains_key(*id)).map(|id| Remark {
+                file: "(configuration)".to_owned(),
+                line: None,
+                what: format!("domains are added to {id:?}, and there is no such action"),
+            }));
         }
         if problems.is_empty() {
             Ok(Self { actions, pins: BTreeMap::new(), warnings })
@@ -197,10 +217,13 @@ fn manifest_files(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
 }
 
 fn read(path: &Path) -> std::io::Result<String> {
-    let size = fs::metadata(path)?.len();
-    if size > MAX_MANIFEST_BYTES as u64 {
-        let what = format!("is longer than {MAX_MANIFEST_BYTES} bytes");
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, what));
+    let found = fs::metadata(path)?;
+    let invalid = |what: String| Err(std::io::Error::new(std::io::ErrorKind::InvalidData, what));
+    if !found.is_file() {
+        return invalid("is not a file".to_owned());
+    }
+    if found.len() > MAX_MANIFEST_BYTES as u64 {
+        return invalid(format!("is longer than {MAX_MANIFEST_BYTES} bytes"));
     }
     fs::read_to_string(path)
 }
@@ -277,6 +300,35 @@ mod tests {
         assert_eq!(registry.verdict("http_put"), TrustVerdict::DigestOk);
         assert_eq!(registry.verdict("nothing"), TrustVerdict::NotRegistered);
         assert_eq!(serde_json::to_value(TrustVerdict::DigestOk).unwrap(), "digest_ok");
+    }
+
+    #[test]
+    fn a_configuration_adds_domains_to_an_action() {
+        let added = |id: &str, entry: Value| AddedDomains::from([(id.to_owned(), vec![entry])]);
+        let load = |added: &AddedDomains| Registry::load_with(&[Source::Embedded], added);
+        let (plain, with) =
+            (load(&AddedDomains::new()).unwrap(), load(&added("http_fetch", json!("api.example.com"))).unwrap());
+        let (before, after) = (plain.action("http_fetch").unwrap(), with.action("http_fetch").unwrap());
+        assert!(before.profile.permits("api.example.com", 443).is_err());
+        assert!(after.profile.permits("api.example.com", 443).is_ok());
+        assert_ne!(before.digest(), after.digest());
+        assert_eq!(plain.action("http_post").unwrap().digest(), with.action("http_post").unwrap().digest());
+        let ported =
+            load(&added("http_fetch", json!({"domain": "origin.test", "ports": [8443], "exact": true}))).unwrap();
+        assert!(ported.action("http_fetch").unwrap().profile.permits("origin.test", 8443).is_ok());
+        for (id, entry) in [
+            ("http_fetch", json!("*.com")),
+            ("http_fetch", json!("10.0.0.1")),
+            ("http_fetch", json!({"domain": "a.example", "tls": "terminate"})),
+            ("http_fetch", json!(1)),
+            ("no_such", json!("api.example.com")),
+        ] {
+            assert!(load(&added(id, entry.clone())).is_err(), "{id} {entry}");
+        }
+        let none = directory(&[("a.yaml", MINIMAL)]);
+        let sources = [Source::Directory(none.path().to_owned())];
+        let error = Registry::load_with(&sources, &added("one", json!("api.example.com"))).unwrap_err();
+        assert!(error.to_string().contains("reaches nothing"), "{error}");
     }
 
     #[test]

@@ -81,6 +81,8 @@ pub enum TemplateSyntax {
     Placeholder(String),
     #[error("url_template must begin with http://, https:// or a {{{{param}}}}")]
     Scheme,
+    #[error("url_template is not an URL with a host name")]
+    NotAUrl,
     #[error("url_template has no host")]
     NoHost,
     #[error("url_template names a user in the URL")]

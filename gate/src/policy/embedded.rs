@@ -10,7 +10,7 @@ use std::time::Duration;
 use regorus::utils::limits::{ExecutionTimerConfig, LimitError};
 use serde::Serialize;
 
-use super::{Engine, PolicyDecision, PolicyError, PolicyInput};
+use super::{Engine, PolicyDecision, PolicyError, PolicyInput, data};
 use crate::action::canonical::jcs;
 use crate::hash::{sha256_hex, sha256_tagged};
 
@@ -114,8 +114,8 @@ impl Embedded {
                 what: error.to_string(),
             };
             if file.name.ends_with(".json") {
-                let data = parse_data(&file.text).map_err(|error| wrong(&error))?;
-                engine.add_data(data).map_err(|error| wrong(&error))?;
+                let parsed = data::parse(&file.text).map_err(|error| wrong(&error))?;
+                engine.add_data(parsed).map_err(|error| wrong(&error))?;
             } else {
                 engine.add_policy(file.name.clone(), file.text.clone()).map_err(|error| wrong(&error))?;
                 policies += 1;
@@ -132,11 +132,7 @@ impl Embedded {
         // Asking once prepares the engine, and finds a policy without the rule. The answer to an empty input is not
         // looked at.
         engine.set_input(regorus::Value::new_object());
-        match engine.eval_rule(DECISION.to_owned()) {
-            Ok(_) => {}
-            Err(error) if is_timeout(&*error) => {}
-            Err(error) => return Err(PolicyLoadError::NoDecision(error.to_string())),
-        }
+        engine.eval_rule(DECISION.to_owned()).map_err(|error| PolicyLoadError::NoDecision(error.to_string()))?;
         let version = version(&files).map_err(|error| PolicyLoadError::NoDecision(error.to_string()))?;
         Ok(Self { template: Mutex::new(engine), ready: Mutex::new(Vec::new()), version })
     }
@@ -147,7 +143,9 @@ impl Embedded {
         ready.unwrap_or_else(|| self.template.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
-    fn give_back(&self, engine: regorus::Engine) {
+    fn give_back(&self, mut engine: regorus::Engine) {
+        // No call's params stay behind in an engine that waits.
+        engine.set_input(regorus::Value::new_object());
         let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         if ready.len() < KEPT_ENGINES {
             ready.push(engine);
@@ -192,15 +190,6 @@ fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
         cause = error.source();
     }
     false
-}
-
-/// Data, an object at the top: two files are then merged by their members.
-fn parse_data(text: &str) -> Result<regorus::Value, String> {
-    let value = regorus::Value::from_json_str(text).map_err(|error| error.to_string())?;
-    if value.as_object().is_err() {
-        return Err("policy data must be an object".to_owned());
-    }
-    Ok(value)
 }
 
 #[derive(Serialize)]

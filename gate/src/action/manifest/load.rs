@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use serde_saphyr::{Location, Spanned};
 
 use super::raw::{
@@ -12,9 +12,10 @@ use super::raw::{
 };
 use super::{Call, Command, MAX_MANIFEST_BYTES, Manifest, RootFilesystem, SealedFile, Verifier, Warning, keys};
 use crate::action::canonical;
+use crate::action::registry::AddedDomains;
 use crate::action::schema::Schema;
 use crate::action::template::{METHODS, Template};
-use crate::egress::profile::{NotEnforced, Profile};
+use crate::egress::profile::{DomainEntry, NotEnforced, Profile};
 use crate::hash::sha256_tagged;
 
 /// Why a manifest does not load.
@@ -48,19 +49,22 @@ fn line(location: Location) -> Option<u64> {
     Some(location.line()).filter(|&line| line > 0)
 }
 
-pub(super) fn parse(text: &str, base: Option<&Path>) -> Result<Manifest, ManifestError> {
+pub(super) fn parse(text: &str, base: Option<&Path>, added: &AddedDomains) -> Result<Manifest, ManifestError> {
     if text.len() > MAX_MANIFEST_BYTES {
         return Err(ManifestError::new(format!("is longer than {MAX_MANIFEST_BYTES} bytes")));
     }
     // `yes`, `no` and `on` are strings, as YAML 1.2 has them and as the published gate reads them.
     let options = || serde_saphyr::options! { strict_booleans: true };
-    let raw: RawManifest =
+    let mut raw: RawManifest =
         serde_saphyr::from_str_with_options(text, options()).map_err(|error| ManifestError::yaml(&error))?;
     let mut plain: Value =
         serde_saphyr::from_str_with_options(text, options()).map_err(|error| ManifestError::yaml(&error))?;
     let mut warnings = keys::unknown(&plain, text);
 
     check_identity(&raw)?;
+    if let Some(added) = added.get(&raw.action_id.value) {
+        add_domains(&mut raw, &mut plain, added)?;
+    }
     let allowed_methods = allowed_methods(&raw)?;
     let call = call(&raw, allowed_methods.as_deref())?;
     let profile = profile(&raw.egress, &mut warnings)?;
@@ -72,6 +76,10 @@ pub(super) fn parse(text: &str, base: Option<&Path>) -> Result<Manifest, Manifes
     if let (Call::Http(template), Some(schema)) = (&call, &request_schema) {
         unreachable_params(template, schema, &mut warnings);
     }
+    let defaults = match (&call, &request_schema) {
+        (Call::Http(template), Some(schema)) => defaults(template, schema)?,
+        _ => Map::new(),
+    };
     let digest = canonical::jcs(&plain).map(|bytes| sha256_tagged(&bytes)).map_err(ManifestError::new)?;
     Ok(Manifest {
         action_id: raw.action_id.value,
@@ -94,7 +102,29 @@ pub(super) fn parse(text: &str, base: Option<&Path>) -> Result<Manifest, Manifes
         tags: raw.tags,
         warnings,
         digest,
+        defaults,
     })
+}
+
+/// Writes added domains into both readings of the manifest.
+fn add_domains(raw: &mut RawManifest, plain: &mut Value, added: &[Value]) -> Result<(), ManifestError> {
+    let wrong = |error: &dyn std::fmt::Display| ManifestError::new(format!("added domains: {error}"));
+    if raw.egress.profile == RawProfile::None {
+        return Err(wrong(&"egress.profile none reaches nothing"));
+    }
+    for entry in added {
+        let domain: DomainEntry = serde_json::from_value(entry.clone()).map_err(|error| wrong(&error))?;
+        domain.compile().map_err(|error| wrong(&error))?;
+        raw.egress.allowed_domains.push(Spanned::new(domain, Location::UNKNOWN, Location::UNKNOWN));
+    }
+    let written = plain
+        .pointer_mut("/egress")
+        .and_then(Value::as_object_mut)
+        .map(|egress| egress.entry("allowed_domains").or_insert_with(|| Value::Array(Vec::new())))
+        .and_then(Value::as_array_mut)
+        .ok_or_else(|| wrong(&"egress.allowed_domains is not a list"))?;
+    written.extend(added.iter().cloned());
+    Ok(())
 }
 
 fn check_identity(raw: &RawManifest) -> Result<(), ManifestError> {
@@ -344,4 +374,27 @@ fn unreachable_params(template: &Template, schema: &Schema, warnings: &mut Vec<W
             warnings.push(Warning { line: None, what });
         }
     }
+}
+
+/// The defaults of the params that a template names. They stand for what a caller could have sent, so the schema has to
+/// let them in.
+fn defaults(template: &Template, schema: &Schema) -> Result<Map<String, Value>, ManifestError> {
+    let mut found = Map::new();
+    let Template::Given { .. } = template else {
+        return Ok(found);
+    };
+    for param in template.params() {
+        let property = schema.source().get("properties").and_then(|properties| properties.get(param));
+        let Some((property, default)) = property.and_then(|property| Some((property, property.get("default")?))) else {
+            continue;
+        };
+        let wrong = |what: &dyn std::fmt::Display| {
+            ManifestError::new(format!("io.request_schema: the default of {param:?}: {what}"))
+        };
+        // A property that refers elsewhere in its schema cannot be compiled alone: such a default does not load.
+        let alone = Schema::compile(property).map_err(|error| wrong(&error))?;
+        alone.validate(default).map_err(|violation| wrong(&violation.what))?;
+        found.insert(param.to_owned(), default.clone());
+    }
+    Ok(found)
 }

@@ -29,6 +29,18 @@ enum Placed {
     Query(String),
 }
 
+impl Placed {
+    fn param(&self) -> Option<&str> {
+        match self {
+            Self::Literal(_) => None,
+            Self::Whole(name) | Self::Base(name) | Self::Host(name) | Self::Port(name) | Self::Query(name) => {
+                Some(name)
+            }
+            Self::Path { param, .. } => Some(param),
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     Host,
@@ -88,18 +100,29 @@ impl UrlTemplate {
         {
             *keep_slashes = true;
         }
-        Ok(Self { parts })
+        let template = Self { parts };
+        template.probe()?;
+        Ok(template)
+    }
+
+    /// Renders the template with harmless values, so that a literal part which is no URL shows at load.
+    fn probe(&self) -> Result<(), TemplateSyntax> {
+        let value = |part: &Placed| match part {
+            Placed::Base(_) => Value::from("https://a.example"),
+            Placed::Port(_) => Value::from(1),
+            _ => Value::from("a"),
+        };
+        let params = self.parts.iter().filter_map(|part| Some((part.param()?.to_owned(), value(part)))).collect();
+        // One param in two places cannot suit both; that is for the schema and the call to find.
+        let mut names = self.params();
+        names.sort_unstable();
+        let distinct = names.windows(2).all(|pair| pair.first() != pair.last());
+        let fine = self.render(&params).and_then(|url| target(&url)).is_ok();
+        if fine || !distinct { Ok(()) } else { Err(TemplateSyntax::NotAUrl) }
     }
 
     pub fn params(&self) -> Vec<&str> {
-        self.parts
-            .iter()
-            .filter_map(|part| match part {
-                Placed::Literal(_) => None,
-                Placed::Whole(name) | Placed::Base(name) | Placed::Host(name) => Some(name.as_str()),
-                Placed::Port(name) | Placed::Query(name) | Placed::Path { param: name, .. } => Some(name.as_str()),
-            })
-            .collect()
+        self.parts.iter().filter_map(Placed::param).collect()
     }
 
     pub(super) fn render(&self, params: &Map<String, Value>) -> Result<Url, TemplateError> {
