@@ -9,11 +9,29 @@ pub enum Profile {
     Allowlist(Vec<Entry>),
 }
 
-/// A name that may be reached, with its subdomains.
+/// A name and what is below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern(String);
+
+impl Pattern {
+    /// # Errors
+    /// Never; a name is taken as it is.
+    pub fn parse(domain: &str) -> Result<Self, std::convert::Infallible> {
+        Ok(Self(domain.to_owned()))
+    }
+}
+
+/// A pattern at some ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    pub domain: String,
-    pub ports: Vec<u16>,
+    pattern: Pattern,
+    ports: Vec<u16>,
+}
+
+impl Entry {
+    pub fn new(pattern: Pattern, ports: impl IntoIterator<Item = u16>) -> Self {
+        Self { pattern, ports: ports.into_iter().collect() }
+    }
 }
 
 /// A name or port outside the profile.
@@ -24,6 +42,10 @@ pub struct Denied {
 }
 
 impl Profile {
+    pub fn allowlist(entries: impl IntoIterator<Item = Entry>) -> Self {
+        Self::Allowlist(entries.into_iter().collect())
+    }
+
     /// The entry that lets `host`, lower-case and without a trailing dot, be reached on `port`.
     ///
     /// # Errors
@@ -34,11 +56,10 @@ impl Profile {
             Self::Allowlist(entries) => entries,
         };
         let named = |entry: &&Entry| {
-            host == entry.domain || host.strip_suffix(&entry.domain).is_some_and(|rest| rest.ends_with('.'))
+            host.strip_suffix(&entry.pattern.0).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
         };
-        match entries.iter().filter(named).find(|entry| entry.ports.contains(&port)) {
-            Some(entry) => Ok(entry),
-            None => Err(Denied { reason: format!("{host}:{port} is not in the profile of this action") }),
-        }
+        let mut named = entries.iter().filter(named).peekable();
+        let reason = if named.peek().is_some() { "port_not_allowed" } else { "name_not_allowed" };
+        named.find(|entry| entry.ports.contains(&port)).ok_or_else(|| Denied { reason: reason.to_owned() })
     }
 }
