@@ -127,7 +127,8 @@ impl Client {
     /// Gives the client an answer of the proxy's own, and notes it.
     pub async fn answer(mut self, connection: &Connection, reply: &Reply, head_only: bool) -> End {
         match reply {
-            Reply::Denied { rule, .. } => connection.refused(rule),
+            Reply::Denied { reason, detail: None, .. } => connection.refused(reason),
+            Reply::Denied { reason, detail: Some(detail), .. } => connection.refused(&format!("{reason}:{detail}")),
             Reply::Invalid { .. } => connection.refused("malformed"),
             Reply::Slow => connection.refused("no_request"),
             Reply::Failed { reason, .. } => {

@@ -51,7 +51,10 @@ impl Dialer {
     pub async fn authorise(&self, profile: &Profile, target: &Target) -> Result<Vec<SocketAddr>, Reply> {
         let Target { host, port, .. } = target;
         if let Err(denied) = profile.permits(&host.to_string(), *port) {
-            return Err(Reply::denied("not_in_profile", denied.reason.to_string()));
+            return Err(Reply::denied(
+                denied.reason.to_string(),
+                format!("the profile of this action does not permit {}:{port}", host.to_authority()),
+            ));
         }
         let addresses = match host {
             Host::Address(address) => vec![*address],
@@ -60,8 +63,10 @@ impl Dialer {
             }
         };
         for &address in &addresses {
-            self.allow.check(address).map_err(|refused| {
-                Reply::denied(format!("address:{}", refused.class), format!("{host} is not public ({})", refused.class))
+            self.allow.check(address).map_err(|refused| Reply::Denied {
+                reason: "address_not_public".to_owned(),
+                detail: Some(refused.class),
+                message: format!("{} has an address that is not public ({})", host.to_authority(), refused.class),
             })?;
         }
         // A mapped address is dialled as what it was checked as.

@@ -10,7 +10,13 @@ pub const DECISION_ID: &str = "Latchgate-Decision-Id";
 pub enum Reply {
     /// 403: the profile, or the rules about addresses, do not let this connection be made.
     #[error("{message}")]
-    Denied { rule: String, message: String },
+    Denied {
+        /// The code that the client reads.
+        reason: String,
+        /// What the flow record says beside it.
+        detail: Option<&'static str>,
+        message: String,
+    },
     /// 400: the request is not one, or could be read in two ways.
     #[error("{message}")]
     Invalid { message: String },
@@ -23,8 +29,8 @@ pub enum Reply {
 }
 
 impl Reply {
-    pub fn denied(rule: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Denied { rule: rule.into(), message: message.into() }
+    pub fn denied(reason: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Denied { reason: reason.into(), detail: None, message: message.into() }
     }
 
     pub fn failed(reason: &'static str, message: impl Into<String>) -> Self {
@@ -34,9 +40,10 @@ impl Reply {
     /// The whole answer; a HEAD request gets the head alone.
     pub fn to_bytes(&self, decision_id: &str, head_only: bool) -> Vec<u8> {
         let (status, body) = match self {
-            Self::Denied { message, .. } => {
-                ("403 Forbidden", json!({"error": "egress_denied", "deny_reason": message, "decision_id": decision_id}))
-            }
+            Self::Denied { reason, message, .. } => (
+                "403 Forbidden",
+                json!({"error": "egress_denied", "deny_reason": reason, "message": message, "decision_id": decision_id}),
+            ),
             Self::Invalid { message } => {
                 ("400 Bad Request", json!({"error": "invalid_request", "message": message, "decision_id": decision_id}))
             }
