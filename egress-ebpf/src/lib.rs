@@ -12,6 +12,9 @@ pub const HEARTBEAT_SKEW_NS: u64 = 1_000_000_000;
 pub const MAX_LEAVES: usize = 16_384;
 /// Connections whose first packet has left and that the gate has not accepted yet.
 pub const MAX_FLOWS: usize = 65_536;
+/// Connections of one leaf that have not ended; the next connect is refused, so that a leaf cannot fill the map of
+/// flows for the others.
+pub const MAX_FLOWS_PER_LEAF: u64 = 2_048;
 /// Bytes of the ring buffer of events.
 pub const EVENT_BYTES: usize = 1 << 19;
 /// Events that one leaf can put in the ring buffer; what comes after is only counted, so that a noisy leaf cannot hide
@@ -81,10 +84,12 @@ pub enum Reason {
     Malformed = 10,
     /// A map refused a write that the connection needs.
     MapFull = 11,
+    /// The leaf has [`MAX_FLOWS_PER_LEAF`] connections.
+    TooManyFlows = 12,
 }
 
 impl Reason {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::NoEntry,
         Self::Expired,
         Self::ForeignGeneration,
@@ -96,6 +101,7 @@ impl Reason {
         Self::ForeignSocket,
         Self::Malformed,
         Self::MapFull,
+        Self::TooManyFlows,
     ];
 }
 

@@ -20,7 +20,8 @@ use aya_ebpf::macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext};
 use egress_ebpf::{
     AcceptedSocket, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS,
-    Hook, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD, MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, Reason,
+    Hook, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD, MAX_FLOWS, MAX_FLOWS_PER_LEAF, MAX_LEAVES, MAX_LEVEL,
+    Reason,
 };
 
 use crate::refuse::{Refusal, refuse};
@@ -171,6 +172,9 @@ fn connect_verdict(
     }
     if !to.is_proxy(control) {
         return Err(Reason::NotTheProxy);
+    }
+    if refuse::open_flows(leaf) >= MAX_FLOWS_PER_LEAF {
+        return Err(Reason::TooManyFlows);
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use core::mem::MaybeUninit;
-use core::ptr::write_volatile;
+use core::ptr::{read_volatile, write_volatile};
 
 use crate::packet::Endpoint;
 use crate::{COUNTS, Counts, DENY, EVENTS, Event, Hook, Reason, now_ns};
@@ -33,6 +33,19 @@ pub fn counts_of(leaf: u64) -> Option<*mut Counts> {
     }
 }
 
+/// Connections of a leaf that have begun and not ended.
+#[inline(always)]
+pub fn open_flows(leaf: u64) -> u64 {
+    let Some(counts) = COUNTS.get_ptr(leaf) else { return u64::MAX };
+    // SAFETY: fields of a map's value that was looked up in this run.
+    unsafe {
+        let closed = read_volatile(&raw const (*counts).flows_closed);
+        let begun = read_volatile(&raw const (*counts).flows_begun);
+        // A flow of a leaf that had this id's counters before may end later than it.
+        if begun < closed { 0 } else { begun - closed }
+    }
+}
+
 #[inline(always)]
 pub fn note(refusal: &Refusal) {
     let Some(counts) = counts_of(refusal.leaf) else { return };
@@ -49,7 +62,7 @@ pub fn note(refusal: &Refusal) {
             Hook::SockOps => &raw mut (*counts).denied[7],
         };
         add(denied, 1);
-        if core::ptr::read_volatile(&raw const (*counts).events) >= EVENTS_PER_LEAF {
+        if read_volatile(&raw const (*counts).events) >= EVENTS_PER_LEAF {
             add(&raw mut (*counts).events_lost, 1);
             return;
         }

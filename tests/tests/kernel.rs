@@ -228,3 +228,32 @@ fn two_gates_do_not_share_actions() {
     tree.enforcer().health().unwrap();
     assert!(tree.enforcer().program_hash().starts_with("sha256:"));
 }
+
+#[test]
+fn a_leaf_cannot_fill_the_map_of_flows_for_the_others() {
+    let mut tree = Tree::attached("many");
+    let (greedy, other) =
+        (tree.admitted("greedy", KernelProfile::ProxyOnly), tree.admitted("other", KernelProfile::ProxyOnly));
+    let (mut one, mut two) = (Actor::start_in(&greedy.path), Actor::start_in(&other.path));
+    let proxy = format!("127.0.0.1:{}", tree.proxy.port);
+    assert_eq!(one.ask(&format!("hold-many {proxy} 3000")), "2048 EPERM");
+    tree.event(greedy.id, "connect4", "too_many_flows");
+    // It is the listener's queue that is full for the other one; it gets its own record all the same.
+    two.ask(&format!("hold-many {proxy} 1"));
+    assert_eq!(tree.enforcer().counts(other.id).unwrap().denied.total(), 0);
+    assert_eq!(one.ask("drop-many"), "ok");
+    assert_eq!(one.ask(&format!("hold-many {proxy} 1")), "ok");
+}
+
+#[test]
+fn when_the_map_of_leaves_is_full_the_next_is_refused() {
+    let tree = Tree::attached("full");
+    let invented = |at: u64| latchgate::egress::LeafId(u64::MAX - at);
+    for at in 0..16_384 {
+        tree.enforcer().admit(invented(at), KernelProfile::None, LONG).unwrap();
+    }
+    let next = tree.enforcer().admit(invented(16_384), KernelProfile::None, LONG);
+    assert!(matches!(next, Err(KernelError::Full)));
+    tree.enforcer().retire(invented(7)).unwrap();
+    tree.enforcer().admit(invented(16_384), KernelProfile::None, LONG).unwrap();
+}

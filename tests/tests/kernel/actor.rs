@@ -112,6 +112,7 @@ struct State {
     listener: Option<TcpListener>,
     udp: Option<UdpSocket>,
     enforcer: Option<Enforcer>,
+    many: Vec<OwnedFd>,
 }
 
 const PATIENCE: Duration = Duration::from_millis(700);
@@ -189,6 +190,23 @@ fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
             state.udp.as_ref().unwrap().recv_from(&mut [0; 64])?;
             ok
         }
+        // Connects without waiting until one is refused; says how many were not.
+        "hold-many" => {
+            raise_descriptors();
+            for at in 0..number(2) {
+                let socket = socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0)?;
+                match connect_raw(&socket, words[1].parse().unwrap()) {
+                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(format!("{at} EPERM")),
+                    Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+                    _ => state.many.push(socket),
+                }
+            }
+            ok
+        }
+        "drop-many" => {
+            state.many.clear();
+            ok
+        }
         "burst" => burst(words[1].parse().unwrap(), number(2), words[3].parse().unwrap()),
         "transfer" => transfer(words[1], words[2], number(3), number(4)),
         "load" => {
@@ -223,6 +241,12 @@ fn socket(family: i32, kind: i32, protocol: i32) -> std::io::Result<OwnedFd> {
         let made = libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol);
         if made < 0 { Err(std::io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(made)) }
     }
+}
+
+fn raise_descriptors() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let limit = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
 }
 
 fn address_of(to: SocketAddr) -> libc::sockaddr_in {

@@ -104,7 +104,21 @@ fn each_of_20000_connections_is_attributed_to_its_leaf() {
         assert_eq!(counts.connections, u64::try_from(EACH).unwrap());
         assert_eq!(counts.denied.total(), 0);
     }
+    drop(clients);
+    assert_eq!(records_left(tree.proxy.port), 0);
     tree.enforcer = Arc::into_inner(enforcer);
+}
+
+/// Records of flows to `port` that nobody took, in any map of flows.
+fn records_left(port: u16) -> usize {
+    let maps = aya::maps::loaded_maps().flatten().filter(|map| map.name_as_str() == Some("FLOWS"));
+    let maps = maps.filter_map(|map| aya::maps::MapData::from_id(map.id()).ok());
+    maps.map(|map| {
+        // The last word of the key is the port of the server.
+        let map = aya::maps::HashMap::<_, [u32; 12], u64>::try_from(aya::maps::Map::HashMap(map)).unwrap();
+        map.keys().flatten().filter(|key| key[11] == u32::from(port)).count()
+    })
+    .sum()
 }
 
 /// Serves `count` exchanges; gives back how much each client is said to have sent and got, headers included.

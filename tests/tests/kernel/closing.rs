@@ -6,7 +6,7 @@ use aya::maps::{HashMap, MapData};
 use latchgate::egress::kernel::{Enforcer, KernelProfile};
 
 use super::actor::Actor;
-use super::tree::{LONG, Tree, base};
+use super::tree::{LONG, Tree};
 
 #[test]
 fn a_past_deadline_closes_a_leaf_and_its_open_connections() {
@@ -137,5 +137,20 @@ fn a_link_that_is_gone_is_seen() {
     tree.enforcer().health().unwrap();
     std::fs::remove_file(run.join("egress")).unwrap();
     assert!(tree.enforcer().health().is_err());
-    assert!(base().exists());
+}
+
+#[test]
+fn a_gate_of_the_same_name_with_another_tree_keeps_its_pins() {
+    let first = Tree::attached("same-name");
+    let leaf = first.admitted("leaf", KernelProfile::None);
+    let mut inside = Actor::start_in(&leaf.path);
+    let second = Tree::empty("same-name-2");
+    let mut config = second.config();
+    config.instance.clone_from(&first.name);
+    let enforcer = Enforcer::start(config).unwrap();
+    first.enforcer().health().unwrap();
+    enforcer.health().unwrap();
+    assert_eq!(std::fs::read_dir(first.pins()).unwrap().count(), 2);
+    assert_eq!(inside.ask("sendto 127.0.0.1:9"), "EPERM");
+    enforcer.detach().unwrap();
 }

@@ -68,6 +68,7 @@ const fn reason_name(reason: types::Reason) -> &'static str {
         types::Reason::ForeignSocket => "foreign_socket",
         types::Reason::Malformed => "malformed",
         types::Reason::MapFull => "map_full",
+        types::Reason::TooManyFlows => "too_many_flows",
     }
 }
 

@@ -58,7 +58,8 @@ fn reduce() -> Result<(), KernelError> {
 pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result<Loaded, KernelError> {
     let actions = pins::cgroup(&config.actions)?;
     let gate = pins::cgroup(&config.gate)?;
-    // Nothing in the program is relocated against the running kernel's types.
+    // Nothing in the program is relocated against the running kernel's types. The verifier is asked for its log only when
+    // it has refused.
     let mut ebpf = EbpfLoader::new().btf(None).verifier_log_level(VerifierLogLevel::DEBUG).load(OBJECT)?;
 
     let mut control: Array<_, pod::Control> = map(&mut ebpf, "CONTROL")?;
@@ -153,8 +154,9 @@ impl Attached<'_> {
         let id = pins::cgroup_id(cgroup).map_err(KernelError::io("the cgroup's id"))?;
         let program: &mut P = program(self.ebpf, name)?;
         let link = attach(program, cgroup).map_err(|source| KernelError::Program { program: name, source })?;
-        link.pin(self.pins.path(name)).map_err(|source| KernelError::Pin { name: name.to_owned(), source })?;
-        self.pins.add_link(name, id);
+        let link =
+            link.pin(self.pins.path(name)).map_err(|source| KernelError::Pin { name: name.to_owned(), source })?;
+        self.pins.add_link(name, id, link);
         Ok(())
     }
 }

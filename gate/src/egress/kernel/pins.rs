@@ -1,4 +1,4 @@
-//! What stays when this process is gone: links, and the two maps that say what they do, below
+//! What stays when this process is gone: the links, which hold the programs, which hold their maps. Below
 //! `<bpffs>/latchgate/<instance>/<generation>/`.
 
 use std::fs;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use aya::programs::links::PinnedLink;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::mount::MountFlags;
 
@@ -87,8 +88,16 @@ pub fn bpffs(config: &KernelConfig) -> Result<PathBuf, KernelError> {
 pub struct Pins {
     instance: PathBuf,
     generation: PathBuf,
-    /// Name of the pin and the cgroup that the link must be attached to.
-    links: Vec<(String, u64)>,
+    links: Vec<Link>,
+}
+
+struct Link {
+    /// Of the pin, in the directory of this run.
+    name: String,
+    /// That it must be attached to.
+    cgroup: u64,
+    /// Held, so that removing the pin alone detaches nothing while this process lives.
+    _held: PinnedLink,
 }
 
 impl Pins {
@@ -113,13 +122,13 @@ impl Pins {
         self.generation.join(name)
     }
 
-    pub fn add_link(&mut self, name: &str, cgroup: u64) {
-        self.links.push((name.to_owned(), cgroup));
+    pub fn add_link(&mut self, name: &str, cgroup: u64, held: PinnedLink) {
+        self.links.push(Link { name: name.to_owned(), cgroup, _held: held });
     }
 
     /// Every link must be there and attached to the cgroup that it was attached to.
     pub fn check(&self) -> Result<(), KernelError> {
-        for (name, cgroup) in &self.links {
+        for Link { name, cgroup, .. } in &self.links {
             match sys::cgroup_of_link(&self.path(name)) {
                 Ok(found) if found == *cgroup => {}
                 Ok(_) => return Err(KernelError::Detached(name.clone())),
@@ -129,19 +138,38 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes what earlier runs of this instance pinned. Their heartbeat has stopped, so they refuse everything.
+    /// Removes what earlier runs of this instance pinned. Their heartbeat has stopped, so they refuse everything; and the
+    /// lock on `actions` says that they are dead. A run that holds another tree under the same name keeps its pins:
+    /// without them it would be open.
     pub fn sweep_predecessors(&self) -> Result<(), KernelError> {
         let failed = || KernelError::io(self.instance.display().to_string());
         for entry in fs::read_dir(&self.instance).map_err(failed())? {
             let path = entry.map_err(failed())?.path();
-            if path != self.generation {
+            if path == self.generation {
+                continue;
+            }
+            if self.is_of_this_tree(&path).map_err(failed())? {
                 remove(&path)?;
+            } else {
+                tracing::warn!(path = %path.display(), "pins of a gate that holds another cgroup tree; left alone");
             }
         }
         Ok(())
     }
 
-    pub fn remove(&self) -> Result<(), KernelError> {
+    /// Whether each link of an earlier run is attached to a cgroup of ours, or to one that is no longer there.
+    fn is_of_this_tree(&self, run: &Path) -> io::Result<bool> {
+        for entry in fs::read_dir(run)? {
+            let cgroup = sys::cgroup_of_link(&entry?.path())?;
+            if cgroup != 0 && !self.links.iter().any(|link| link.cgroup == cgroup) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Detaches: the pins go, and with this the held links.
+    pub fn remove(self) -> Result<(), KernelError> {
         remove(&self.generation)?;
         // Another instance's are beside it.
         let _ = fs::remove_dir(&self.instance);

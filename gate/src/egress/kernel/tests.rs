@@ -118,3 +118,33 @@ fn a_directory_that_is_no_cgroup_is_refused() {
     };
     assert!(matches!(Enforcer::start(config), Err(KernelError::NotCgroup2(_))));
 }
+
+#[test]
+fn the_loading_thread_keeps_two_capabilities() {
+    let effective = || {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim().to_owned();
+        u64::from_str_radix(&line, 16).unwrap()
+    };
+    let before = effective();
+    match load::with_two_capabilities(move || Ok(effective())) {
+        Ok(found) => assert_eq!(found, 1 << 39 | 1 << 12),
+        Err(KernelError::Privilege(name)) => {
+            let bit = if name == "CAP_BPF" { 39 } else { 12 };
+            assert_eq!(before & 1 << bit, 0, "{name}");
+        }
+        Err(other) => panic!("{other}"),
+    }
+    assert_eq!(effective(), before);
+}
+
+#[test]
+fn a_missing_privilege_is_named() {
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+    let without = std::thread::spawn(|| {
+        let none = CapabilitySet::empty();
+        set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
+        load::with_two_capabilities(|| Ok(()))
+    });
+    assert!(matches!(without.join().unwrap(), Err(KernelError::Privilege("CAP_BPF"))));
+}
