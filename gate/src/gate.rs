@@ -288,7 +288,7 @@ impl Gate {
 
     /// Verifies the whole ledger from another connection.
     pub fn verify_ledger(&self) -> Result<VerifyReport, VerifyError> {
-        self.ledger.verify(&self.config.state_dir.join("ledger"))
+        self.ledger.verify(None)
     }
 }
 
