@@ -54,6 +54,50 @@ fn a_policy_from_the_field_works() {
     check(&engine, "digest", &bad, &Said::Deny("untrusted"));
 }
 
+/// Constructs that such policies are made of and that an evaluator could have its own mind about: data below the
+/// package's own name, functions, comprehensions with negation, set union, `%v`, `glob.match`, inherited entries.
+#[test]
+fn what_policies_in_the_field_are_made_of_is_understood() {
+    let rego = r#"
+decision := r if { r := _missing } else := r if { r := _listed } else := r if { r := _sensitive } else := r if { r := _open }
+default decision := {"allow": false, "deny_reason": "no matching allow rule"}
+_absent := {s | some s in input.required_scopes; not _carries(s)}
+_carries(s) if {
+    some one in input.scopes
+    one == s
+}
+_missing := {"allow": false, "deny_reason": sprintf("missing %v of %v", [_absent, input.required_scopes])} if count(_absent) > 0
+_listed := {"allow": true, "allowed_sinks": _sinks} if data.latchgate.allowlist[input.action_id][input.principal]
+_sensitive := {"allow": true, "requires_approval": true} if glob.match("**/.env", [], object.get(input.params, "path", ""))
+_sinks := sort(own | base) if {
+    data.acl[input.principal].inherits_wildcard == true
+    own := {s | some s in data.acl[input.principal].allowed_sinks}
+    base := {s | some s in data.acl["*"].allowed_sinks}
+}
+_sinks := data.acl["*"].allowed_sinks if not data.acl[input.principal]
+_open := {"allow": true, "allowed_sinks": _sinks} if input.action_risk_level == "low"
+"#;
+    let data = r#"{
+        "acl": {"*": {"allowed_sinks": ["b"]}, "agent:i": {"inherits_wildcard": true, "allowed_sinks": ["a"]}},
+        "latchgate": {"allowlist": {"http_post": {"agent:i": true}}}
+    }"#;
+    let policy = file("p.rego", &format!("package latchgate\nimport rego.v1\n{rego}"));
+    let engine = Embedded::load(&[policy, file("data.json", data)]).unwrap();
+    let sinks = |case: &Case| match engine.evaluate(&case.input()).unwrap() {
+        PolicyDecision::Allow(terms) => terms.sinks(&["a".into(), "b".into(), "c".into()]),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(sinks(&Case::new("agent:i", "http_post", RiskLevel::High)), ["a", "b"]);
+    assert_eq!(sinks(&Case::new("agent:i", "http_fetch", RiskLevel::Low)), ["a", "b"]);
+    assert_eq!(sinks(&Case::new("agent:x", "http_fetch", RiskLevel::Low)), ["b"]);
+    let high = Case::new("agent:x", "http_post", RiskLevel::High);
+    check(&engine, "not listed", &high, &Said::Deny("no matching allow rule"));
+    let sensitive = high.change(|c| c.params = json!({"path": "/srv/app/.env"}).as_object().unwrap().clone());
+    check(&engine, "sensitive path", &sensitive, &Said::Hold);
+    let missing = Case::new("agent:x", "http_fetch", RiskLevel::Low).change(|c| c.required.push("mail:send".into()));
+    check(&engine, "missing", &missing, &Said::Deny("mail:send"));
+}
+
 #[test]
 fn outputs_of_a_wrong_type_are_never_an_allow() {
     for output in [
