@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::action::manifest::{Call, Manifest};
-use crate::action::registry::{Registry, Source};
+use crate::action::registry::{AddedDomains, Registry, Source};
 use crate::auth::Authenticator;
 use crate::auth::lease::{Issuer, LeaseKeys};
 use crate::auth::operator::{Operator, Operators};
@@ -223,6 +223,9 @@ impl Gate {
         if self.is_draining() {
             return Readiness::NotReady("draining".to_owned());
         }
+        if !self.ledger.is_running() {
+            return Readiness::NotReady("the ledger has stopped: nothing can be recorded, so nothing runs".to_owned());
+        }
         match self.enforcer.health() {
             Ok(()) => Readiness::Ready,
             Err(error) => {
@@ -303,20 +306,36 @@ impl Drop for Running {
 }
 
 fn load_registry(config: &Config) -> Result<Registry, StartError> {
-    let source = match &config.definitions.manifests {
-        None => Source::Embedded,
-        Some(directory) => Source::Directory(directory.clone()),
-    };
-    let registry = Registry::load(&[source]).map_err(part("manifests"))?;
+    let definitions = &config.definitions;
+    let builtin = definitions.builtin.unwrap_or(definitions.manifests.is_none());
+    let directory = definitions.manifests.clone().map(Source::Directory);
+    let sources: Vec<Source> = builtin.then_some(Source::Embedded).into_iter().chain(directory).collect();
+    let added = definitions
+        .allowed_domains
+        .iter()
+        .map(|(id, entries)| {
+            let entries = entries.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
+            entries.map(|entries| (id.clone(), entries))
+        })
+        .collect::<Result<AddedDomains, _>>()
+        .map_err(part("definitions.allowed_domains"))?;
+    let registry = Registry::load_with(&sources, &added).map_err(part("manifests"))?;
     let registry = if config.definitions.strict { registry.strict().map_err(part("manifests"))? } else { registry };
     Ok(registry.with_pins(config.definitions.pins.clone()))
 }
 
 fn load_policy(config: &Config) -> Result<Embedded, StartError> {
-    match &config.definitions.policy {
-        None => Embedded::builtin().map_err(part("policy")),
-        Some(directory) => Embedded::load_directory(directory).map_err(part("policy")),
+    let mut files = match &config.definitions.policy {
+        None => Embedded::builtin_files(),
+        Some(directory) => Embedded::directory_files(directory).map_err(part("policy"))?,
+    };
+    if let Some(path) = &config.definitions.policy_data {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| StartError { part: "definitions.policy_data", message: format!("{}: {error}", path.display()) })?;
+        files.retain(|file| !file.name.ends_with(".json"));
+        files.push(policy::embedded::File { name: "data.json".to_owned(), text });
     }
+    Embedded::load(&files).map_err(part("policy"))
 }
 
 fn operators(config: &Config) -> Result<Vec<Operator>, StartError> {
