@@ -29,9 +29,15 @@ test: setup-test ## every test, against the real kernel
 	cargo test --workspace --no-run
 	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) cargo test --workspace
 
-lint: ## formatting, clippy, licences
+lint: ## formatting, clippy, licences, Python
+	@scripts/setup.sh lint
 	cargo fmt --all --check
+	cargo fmt --manifest-path egress-ebpf/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	$(CACHE)/tools/bin/cargo-deny --log-level error check bans licenses sources
+	$(CACHE)/lint/bin/ruff check --quiet demo tests
+	$(CACHE)/lint/bin/ruff format --quiet --check demo tests
+	$(CACHE)/lint/bin/mypy --strict --no-error-summary --python-executable $(PYTHON) demo
 
 fmt:
 	cargo fmt --all
