@@ -42,7 +42,7 @@ async fn executions_beside_each_other_have_their_own_profiles_and_records() {
     let bench = Arc::new(Bench::plain().await);
     let (one, two) = (Origin::echoing().await, Origin::echoing().await);
     let leaves: Vec<LeafId> = (100..108).map(LeafId).collect();
-    let port_of = |leaf: LeafId| if leaf.0 % 2 == 0 { one.port } else { two.port };
+    let port_of = |leaf: LeafId| if leaf.0.is_multiple_of(2) { one.port } else { two.port };
     let sessions: Vec<_> =
         leaves.iter().map(|&leaf| bench.open_leaf(leaf, &[("origin.test", port_of(leaf))])).collect();
     let mut tasks = Vec::new();
