@@ -25,6 +25,7 @@ mod forward;
 mod https;
 mod limits;
 mod whose;
+mod worker;
 
 const LEAF: LeafId = LeafId(7);
 
@@ -125,6 +126,8 @@ impl Bench {
 
 fn authority() -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
+    // Otherwise issuer and subject of a leaf are one name, and OpenSSL takes it for self-signed.
+    params.distinguished_name.push(rcgen::DnType::CommonName, "authority of the test");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
