@@ -17,7 +17,20 @@ const UIDS: u32 = 64;
 
 fn tree() -> &'static CgroupTree {
     static TREE: OnceLock<CgroupTree> = OnceLock::new();
-    TREE.get_or_init(|| CgroupTree::open(None, &format!("test-{}", std::process::id())).unwrap())
+    TREE.get_or_init(|| {
+        let tree = CgroupTree::open(None, &format!("test-{}", std::process::id())).unwrap();
+        // What earlier runs of this suite left.
+        for old in std::fs::read_dir(tree.gate().ancestors().nth(2).unwrap()).unwrap().flatten() {
+            let name = old.file_name().into_string().unwrap();
+            let pid = name.strip_prefix("test-helper-").or_else(|| name.strip_prefix("test-"));
+            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                for part in ["actions", "gate", ""] {
+                    let _ = std::fs::remove_dir(old.path().join(part));
+                }
+            }
+        }
+        tree
+    })
 }
 
 fn runner() -> Runner {
@@ -109,6 +122,11 @@ async fn nothing_is_held_that_could_be_used() {
     let status = output(shell("cat /proc/self/status")).await;
     for line in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
         assert!(status.contains(&format!("{line}:\t0000000000000000")), "{line} in {status}");
+    }
+    assert!(output(shell("ulimit -Hc")).await.trim().parse::<u32>().is_ok_and(|blocks| blocks <= 1));
+    if let Ok(expected) = std::env::var("LATCHGATE_TEST_EXPECT_CAPS") {
+        let own = std::fs::read_to_string("/proc/self/status").unwrap();
+        assert!(own.contains(&format!("CapEff:\t{expected}")), "{own}");
     }
     assert!(status.contains("NoNewPrivs:\t1"), "{status}");
     assert!(status.contains("Seccomp:\t2"), "{status}");
@@ -554,6 +572,50 @@ async fn the_caller_can_end_it() {
     assert_eq!(again.exit, Exit::Code(0));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_at_once_do_not_hold_each_other() {
+    let one = |number: u32| async move {
+        for _ in 0..3 {
+            let mut job = shell(&format!("cat; echo {number}; [ {number} = 7 ] && sleep 100; true"));
+            job.stdin = vec![b'x'; 100_000];
+            job.limits.timeout = Duration::from_secs(if number == 7 { 1 } else { 60 });
+            let done = run(job).await;
+            let expected = if number == 7 { Exit::TimedOut } else { Exit::Code(0) };
+            assert_eq!((done.exit, done.stdout.len()), (expected, 100_001 + number.to_string().len()));
+        }
+    };
+    let all: Vec<_> = (0..24).map(|number| tokio::spawn(one(number))).collect();
+    for task in all {
+        task.await.unwrap();
+    }
+}
+
+/// What runs is the image that was opened at start, also when others may not read it and when it is replaced.
+#[tokio::test]
+async fn the_worker_is_the_image_of_the_start() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let executable = directory.path().join("latchgate");
+    std::fs::copy(env!("CARGO_BIN_EXE_latchgate"), &executable).unwrap();
+    let digest = latchgate::hash::sha256_tagged(&std::fs::read(&executable).unwrap());
+    for mode in [0o700, 0o755] {
+        std::fs::set_permissions(&executable, std::fs::Permissions::from_mode(mode)).unwrap();
+        let config =
+            RunnerConfig { uid_base: UID_BASE, uid_count: 1, executable: executable.clone(), protected: vec![] };
+        let runner = Runner::new(config).unwrap();
+        let kept = std::fs::read(&executable).unwrap();
+        std::fs::remove_file(&executable).unwrap();
+        std::fs::write(&executable, "#!/bin/sh\necho swapped\n").unwrap();
+        let leaf = tree().leaf().unwrap();
+        let job = Job { program: Program::HttpWorker, stdin: b"not a job".to_vec(), limits: LIMITS };
+        let done = runner.run(&leaf, job, pending()).await.unwrap();
+        assert_eq!(done.module_digest, digest);
+        assert!(matches!(done.exit, Exit::Code(_)) && !text(&done.stdout).contains("swapped"), "{done:?}");
+        leaf.remove().unwrap();
+        std::fs::write(&executable, kept).unwrap();
+    }
+}
+
 #[tokio::test]
 async fn uids_run_out_and_come_back() {
     let one = make_runner(1);
@@ -573,6 +635,21 @@ async fn host_programs_run() {
         let script = "import ssl, json, multiprocessing, socket, threading; t = threading.Thread(target=print, args=('thread',)); t.start(); t.join(); multiprocessing.Lock()";
         assert_eq!(output(command(&["/usr/bin/python3", "-c", script])).await, "thread\n");
     }
+}
+
+/// What a pod can give (BPF, NET_ADMIN, SETUID, SETGID) is enough: nothing leans on CAP_SYS_ADMIN or CAP_KILL.
+#[test]
+fn four_capabilities_are_enough() {
+    let done = std::process::Command::new("setpriv")
+        .args(["--bounding-set", "-all,+bpf,+net_admin,+setuid,+setgid", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "input_output_and_exit_code_travel", "nothing_is_held_that_could_be_used"])
+        .args(["the_caller_can_end_it", "time_is_limited", "the_sandbox_dies_with_the_gate", "host_programs_run"])
+        .env("LATCHGATE_TEST_EXPECT_CAPS", "00000080000010c0")
+        .output()
+        .unwrap();
+    let (printed, errors) = (text(&done.stdout), text(&done.stderr));
+    assert!(done.status.success() && printed.contains("6 passed"), "{printed}{errors}");
 }
 
 /// A gate of its own process, for the test below: runs one long execution and says where.
