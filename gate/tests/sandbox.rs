@@ -22,8 +22,8 @@ fn tree() -> &'static CgroupTree {
         // What earlier runs of this suite left.
         for old in std::fs::read_dir(tree.gate().ancestors().nth(2).unwrap()).unwrap().flatten() {
             let name = old.file_name().into_string().unwrap();
-            let pid = name.strip_prefix("test-helper-").or_else(|| name.strip_prefix("test-"));
-            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let pid = name.rsplit_once('-').map_or("self", |(_, pid)| pid);
+            if name.starts_with("test-") && !Path::new("/proc").join(pid).exists() {
                 for part in ["actions", "gate", ""] {
                     let _ = std::fs::remove_dir(old.path().join(part));
                 }
@@ -702,6 +702,76 @@ async fn the_sandbox_dies_with_the_gate() {
     for part in ["actions", "gate", ""] {
         std::fs::remove_dir(own.join(part)).unwrap();
     }
+}
+
+/// For the test below: starts executions without end, so that a kill meets them at every stage of their making.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "started by a_gate_killed_at_any_moment_leaves_nothing"]
+async fn helper_busy_gate() {
+    let tree = CgroupTree::open(None, &std::env::var("LATCHGATE_TEST_INSTANCE").unwrap()).unwrap();
+    println!("actions={}", tree.actions().display());
+    let tree = std::sync::Arc::new(tree);
+    let one = |tree: std::sync::Arc<CgroupTree>| async move {
+        loop {
+            let leaf = tree.leaf().unwrap();
+            let _ = runner().run(&leaf, shell("(setsid sleep 1000 &) ; sleep 0.01"), pending()).await;
+        }
+    };
+    for _ in 0..8 {
+        tokio::spawn(one(std::sync::Arc::clone(&tree)));
+    }
+    pending::<()>().await;
+}
+
+#[test]
+fn a_gate_killed_at_any_moment_leaves_nothing() {
+    use std::io::{BufRead, BufReader};
+    let home = tree().gate().join("cgroup.procs");
+    for round in 0..12_u64 {
+        let instance = format!("test-busy-{}", std::process::id());
+        let mut helper = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "helper_busy_gate", "--ignored", "--nocapture"])
+            .env("LATCHGATE_TEST_INSTANCE", &instance)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(helper.stdout.take().unwrap()).lines();
+        let actions =
+            lines.map_while(Result::ok).find_map(|line| Some(PathBuf::from(line.split_once("actions=")?.1))).unwrap();
+        std::thread::sleep(Duration::from_millis(30 + 17 * round));
+        helper.kill().unwrap();
+        let killed = Instant::now();
+        helper.wait().unwrap();
+        let running = || {
+            let leaves = std::fs::read_dir(&actions).unwrap().flatten();
+            let procs = leaves.filter_map(|leaf| std::fs::read_to_string(leaf.path().join("cgroup.procs")).ok());
+            procs.map(|procs| procs.lines().count()).sum::<usize>()
+        };
+        while running() > 0 {
+            assert!(killed.elapsed() < Duration::from_secs(3), "round {round}: {} still running", running());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for leaf in std::fs::read_dir(&actions).unwrap().flatten() {
+            let _ = std::fs::remove_dir(leaf.path());
+        }
+        for part in ["actions", "gate", ""] {
+            std::fs::remove_dir(actions.parent().unwrap().join(part)).unwrap();
+        }
+    }
+    std::fs::write(home, "0").unwrap();
+}
+
+/// The same hierarchy as a machine without v1 shows it.
+#[test]
+fn a_pure_hierarchy_will_do() {
+    let done = std::process::Command::new("unshare")
+        .args(["-m", "--", "sh", "-c", "mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec \"$@\"", "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "input_output_and_exit_code_travel", "the_sandbox_dies_with_the_gate"])
+        .output()
+        .unwrap();
+    let (printed, errors) = (text(&done.stdout), text(&done.stderr));
+    assert!(done.status.success() && printed.contains("2 passed"), "{printed}{errors}");
 }
 
 #[tokio::test]
