@@ -165,13 +165,13 @@ impl Leaf {
 
     /// SIGKILL to everything in it, atomically against forks (`cgroup.kill`, cgroup-v2.rst; Linux 5.14).
     pub(super) fn signal_kill(&self) -> Result<(), CgroupError> {
-        write(&self.0.path.join("cgroup.kill"), "1")
+        unless_gone(write(&self.0.path.join("cgroup.kill"), "1"), ())
     }
 
     pub(super) fn is_populated(&self) -> Result<bool, CgroupError> {
         let path = self.0.path.join("cgroup.events");
-        let text = fs::read_to_string(&path).map_err(io_error(&path, "read"))?;
-        Ok(populated(&text))
+        let text = fs::read_to_string(&path).map_err(io_error(&path, "read"));
+        unless_gone(text.map(|text| populated(&text)), false)
     }
 
     /// Kills everything in it and waits until it is empty.
@@ -200,7 +200,24 @@ fn populated(events: &str) -> bool {
     !events.lines().any(|line| line == "populated 0")
 }
 
+/// A directory that is not there any more was empty: the kernel removes no other (cgroup-v2.rst). Its open files then
+/// answer ENODEV.
+fn unless_gone<T>(result: Result<T, CgroupError>, gone: T) -> Result<T, CgroupError> {
+    match result {
+        Err(CgroupError::Io { source, .. })
+            if source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(libc::ENODEV) =>
+        {
+            Ok(gone)
+        }
+        other => other,
+    }
+}
+
 fn kill_and_wait(path: &Path) -> Result<(), CgroupError> {
+    unless_gone(kill_until_empty(path), ())
+}
+
+fn kill_until_empty(path: &Path) -> Result<(), CgroupError> {
     write(&path.join("cgroup.kill"), "1")?;
     let events = path.join("cgroup.events");
     let mut file = File::open(&events).map_err(io_error(&events, "open"))?;
@@ -221,7 +238,7 @@ fn kill_and_wait(path: &Path) -> Result<(), CgroupError> {
 /// Kills and removes a cgroup and those that were made inside it, deepest first.
 fn remove_tree(path: &Path) -> Result<(), CgroupError> {
     kill_and_wait(path)?;
-    for child in children(path)? {
+    for child in unless_gone(children(path), Vec::new())? {
         remove_tree(&child)?;
     }
     match fs::remove_dir(path) {
