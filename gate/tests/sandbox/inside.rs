@@ -49,7 +49,7 @@ async fn the_uid_is_its_own_and_no_other_execution_s() {
             }
         }
     };
-    let (a, b) = (run_in(&first, shell("sleep 0.5; true")), run_in(&second, shell("sleep 0.5; true")));
+    let (a, b) = (run_in(&first, shell("sleep 3; true")), run_in(&second, shell("sleep 3; true")));
     let watch = async {
         tokio::time::sleep(Duration::from_millis(100)).await;
         (uid_of(&first).await, uid_of(&second).await)
