@@ -115,7 +115,7 @@ struct State {
     many: Vec<OwnedFd>,
 }
 
-const PATIENCE: Duration = Duration::from_millis(700);
+const PATIENCE: Duration = Duration::from_millis(1_000);
 
 fn connect(to: &str) -> std::io::Result<TcpStream> {
     TcpStream::connect_timeout(&to.parse().unwrap(), PATIENCE)
