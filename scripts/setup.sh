@@ -41,13 +41,13 @@ fi
 
 if [ "$purpose" = lint ]; then
     # Versions are named, so that a new rule does not break an old commit.
-    if ! "$cache/tools/bin/cargo-deny" --version 2>/dev/null | grep -qx 'cargo-deny DENY_VERSION'; then
+    if ! "$cache/tools/bin/cargo-deny" --version 2>/dev/null | grep -qx 'cargo-deny 0.20.2'; then
         echo "setup: cargo-deny, in $cache/tools"
-        (cd / && cargo install --quiet --locked --root "$cache/tools" cargo-deny@DENY_VERSION)
+        (cd / && cargo install --quiet --locked --root "$cache/tools" cargo-deny@0.20.2)
     fi
     if ! "$cache/lint/bin/ruff" --version >/dev/null 2>&1 || ! "$cache/lint/bin/mypy" --version >/dev/null 2>&1; then
         echo "setup: ruff and mypy, in $cache/lint"
         python3 -m venv "$cache/lint"
-        "$cache/lint/bin/pip" install --quiet --disable-pip-version-check 'ruff==RUFF_VERSION' 'mypy==MYPY_VERSION'
+        "$cache/lint/bin/pip" install --quiet --disable-pip-version-check 'ruff==0.17.6' 'mypy==2.4.1'
     fi
 fi
