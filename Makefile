@@ -37,7 +37,7 @@ lint: ## formatting, clippy, licences, Python
 	$(CACHE)/tools/bin/cargo-deny --log-level error check bans licenses sources
 	$(CACHE)/lint/bin/ruff check --quiet demo tests
 	$(CACHE)/lint/bin/ruff format --quiet --check demo tests
-	$(CACHE)/lint/bin/mypy --strict --no-error-summary --python-executable $(PYTHON) demo
+	$(CACHE)/lint/bin/mypy --no-error-summary --python-executable $(PYTHON) demo
 
 fmt:
 	cargo fmt --all
