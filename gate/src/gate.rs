@@ -330,8 +330,10 @@ fn load_policy(config: &Config) -> Result<Embedded, StartError> {
         Some(directory) => Embedded::directory_files(directory).map_err(part("policy"))?,
     };
     if let Some(path) = &config.definitions.policy_data {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| StartError { part: "definitions.policy_data", message: format!("{}: {error}", path.display()) })?;
+        let text = std::fs::read_to_string(path).map_err(|error| StartError {
+            part: "definitions.policy_data",
+            message: format!("{}: {error}", path.display()),
+        })?;
         files.retain(|file| !file.name.ends_with(".json"));
         files.push(policy::embedded::File { name: "data.json".to_owned(), text });
     }
