@@ -30,16 +30,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
 /// Checks privileges, builds the gate, listens, and runs until it is told to stop.
 pub(crate) fn start(config: Config) -> Result<(), Failure> {
-    let missing = privileges::missing(&config);
-    if !missing.is_empty() {
-        let lines: Vec<String> = missing.iter().map(|one| format!("  {}: {}", one.what, one.why)).collect();
-        return Err(Failure::new(format!("cannot enforce anything here; missing:\n{}", lines.join("\n"))));
-    }
+    check_privileges()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::new(format!("the runtime does not start: {error}")))?;
     runtime.block_on(serve(config))
+}
+
+/// Refuses with everything that is missing, before anything is made.
+pub(super) fn check_privileges() -> Result<(), Failure> {
+    let missing = privileges::missing();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = missing.iter().map(|one| format!("  {}: {}", one.what, one.why)).collect();
+    Err(Failure::new(format!("cannot enforce anything here; missing:\n{}", lines.join("\n"))))
 }
 
 #[expect(clippy::disallowed_methods, reason = "start-up is measured on the real clock, before any test could pause it")]
