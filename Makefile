@@ -7,7 +7,7 @@ GATE    = target/$(TARGET)/debug/latchgate
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CI)
 PRIVATE = $(AS_ROOT) unshare --mount --propagation private
 
-.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt bench
+.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

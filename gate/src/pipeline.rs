@@ -9,10 +9,34 @@
 //! Skipping one does not compile. There is no second way to the sandbox: only [`dispatch`] starts one, and it takes a
 //! [`grant::Grant`].
 //!
-//! ```compile_fail
-//! # use latchgate::pipeline::{authorise::Decision, grant::Grant};
-//! fn forge(decision: Decision) -> Grant {
-//!     Grant { decision, plan_hash: String::new() } // private fields: only `grant::issue` makes one
+//! ```
+//! # use latchgate::pipeline::{authenticate::Caller, authorise::Decision, dispatch, grant::Grant, validate::ValidCall};
+//! fn read(caller: &Caller, call: &ValidCall, decision: &Decision, grant: &Grant) -> usize {
+//!     caller.principal().len() + call.request_hash().len() + decision.policy_version().len() + grant.grant_id().len()
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::{authenticate::Caller};
+//! fn somebody_else(caller: Caller, other: Caller) -> Caller {
+//!     Caller { proven: other.proven, ..caller }
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::authorise::Decision;
+//! fn under_another_policy(decision: Decision) -> Decision {
+//!     Decision { policy_version: String::new(), ..decision }
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::grant::Grant;
+//! fn for_longer(grant: Grant) -> Grant {
+//!     Grant { deadline: std::time::Duration::MAX, ..grant }
+//! }
+//! ```
+//! ```compile_fail,E0308
+//! # use latchgate::{gate::Gate, pipeline::{Ids, authorise::Decision, dispatch}};
+//! async fn without_a_grant(gate: &Gate, decision: Decision, ids: &Ids) {
+//!     dispatch::run(gate, decision, ids).await;
 //! }
 //! ```
 //!
