@@ -1,5 +1,7 @@
 # The two commands of the README are `make demo` and `make test`; the rest is for those who change the code.
 CACHE  ?= $(HOME)/.cache/latchgate
+# Properties are tried with the same values on every run; `make test SEED=$$RANDOM` tries others.
+SEED   ?= 20261121
 PYTHON  = $(CACHE)/venv/bin/python
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 GATE    = target/$(TARGET)/debug/latchgate
@@ -27,7 +29,7 @@ demo: build ## an agent's call allowed, others refused, and the receipt verified
 test: setup-test ## every test, against the real kernel
 	@scripts/privileges.sh
 	cargo test --workspace --no-run
-	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) cargo test --workspace
+	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
 
 lint: ## formatting, clippy, licences, Python
 	@scripts/setup.sh lint
