@@ -258,8 +258,8 @@ impl Gate {
         }
     }
 
-    /// Waits until nothing runs, for as long as ending it may take.
-    pub async fn finish(&self) {
+    /// Waits until nothing runs; false if something still does when the time is over.
+    pub async fn idle_within(&self, patience: Duration) -> bool {
         let all_done = async {
             loop {
                 let idle = self.idle.notified();
@@ -269,9 +269,7 @@ impl Gate {
                 idle.await;
             }
         };
-        if tokio::time::timeout(Duration::from_secs(10), all_done).await.is_err() {
-            tracing::error!(running = self.running(), "executions are left; the kernel closes them");
-        }
+        tokio::time::timeout(patience, all_done).await.is_ok()
     }
 
     /// The digest of what an action of this manifest runs: the gate's own executable, or its sealed copies.

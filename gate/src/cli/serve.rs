@@ -13,6 +13,9 @@ use crate::gate::Gate;
 use crate::privileges;
 use crate::server::{self, ConnectionLimits, listen};
 
+/// How long ending what runs may take, and how long the last answers may take to be read.
+const LAST_PATIENCE: Duration = Duration::from_secs(10);
+
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// The configuration file (TOML). `LATCHGATE_CONFIG__SECTION__KEY` variables win over it.
@@ -95,14 +98,17 @@ async fn serve(config: Config) -> Result<(), Failure> {
     told_to_stop().await?;
     gate.drain();
     tracing::info!(running = gate.running(), "draining");
-    let _ = stop.send(true);
-    let patience = Duration::from_secs(gate.config.limits.drain_seconds);
-    let finished = async { while servers.join_next().await.is_some() {} };
-    if tokio::time::timeout(patience, finished).await.is_err() {
+    // The sockets stay while something runs: who calls now is told so, and does not find nobody there.
+    if !gate.idle_within(Duration::from_secs(gate.config.limits.drain_seconds)).await {
         tracing::warn!(running = gate.running(), "the drain took too long; what runs is ended");
         gate.cancel();
+        if !gate.idle_within(LAST_PATIENCE).await {
+            tracing::error!(running = gate.running(), "executions are left; the kernel closes them");
+        }
     }
-    gate.finish().await;
+    let _ = stop.send(true);
+    let answered = async { while servers.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(LAST_PATIENCE, answered).await;
     Ok(())
 }
 
