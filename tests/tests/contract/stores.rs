@@ -81,3 +81,55 @@ fn a_full_disk_begins_nothing() {
     gate.stop();
     rustix::mount::unmount(&state, rustix::mount::UnmountFlags::DETACH).unwrap();
 }
+
+/// Another process that holds the write lock of a SQLite file until it is dropped.
+struct Holder(std::process::Child);
+
+impl Holder {
+    fn of(path: &std::path::Path) -> Option<Self> {
+        let script = "import sqlite3,sys\n\
+            c=sqlite3.connect(sys.argv[1],isolation_level=None); c.execute('BEGIN IMMEDIATE')\n\
+            print('held',flush=True); sys.stdin.read()\n";
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", script])
+            .arg(path)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .ok()?;
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take()?), &mut line).ok()?;
+        let holder = Self(child);
+        (line.trim() == "held").then_some(holder)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_store_that_does_not_answer_is_no_permission() {
+    let gate = with_echo("held").start();
+    let state = gate.directory().join("state");
+    let calls = json!({"scopes": ["tools:call"], "budgets": {"max_calls": 100}});
+    let agent = Agent::connect_with(&gate.agent(), calls);
+    let left = || passed(&agent.execute("echo", &json!({})))["budget"]["calls_remaining"].as_u64().unwrap();
+    let before = left();
+    for (held, expected) in [
+        ("store/replay.db", "503 replay_cache_unavailable"),
+        ("store/state.db", "503 budget_store_unavailable"),
+        ("ledger/ledger.db", "500 evidence_persistence_failed"),
+    ] {
+        let Some(holder) = Holder::of(&state.join(held)) else {
+            return skip("python3 with sqlite3 is not here, and something has to hold a store");
+        };
+        refused(&agent.execute("echo", &json!({})), expected);
+        drop(holder);
+    }
+    assert_eq!(left(), before - 1, "what was refused cost nothing");
+    assert_eq!(gate.verify().0, 0);
+}
