@@ -28,6 +28,7 @@ demo: build ## an agent's call allowed, others refused, and the receipt verified
 
 test: setup-test ## every test, against the real kernel
 	@scripts/privileges.sh
+	cargo build --workspace
 	cargo test --workspace --no-run
 	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
 

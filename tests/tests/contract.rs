@@ -10,6 +10,8 @@ mod budgets;
 mod identity;
 #[path = "contract/leases.rs"]
 mod leases;
+#[path = "contract/malformed.rs"]
+mod malformed;
 #[path = "contract/operations.rs"]
 mod operations;
 #[path = "contract/order.rs"]
