@@ -255,18 +255,20 @@ impl Gate {
         }
     }
 
-    /// Waits until nothing runs, for as long as ending it may take.
-    pub async fn finish(&self) {
-        let all_done = async {
-            loop {
-                let idle = self.idle.notified();
-                if self.running() == 0 {
-                    return;
-                }
-                idle.await;
+    /// Waits until nothing runs.
+    pub async fn idle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.running() == 0 {
+                return;
             }
-        };
-        if tokio::time::timeout(Duration::from_secs(10), all_done).await.is_err() {
+            idle.await;
+        }
+    }
+
+    /// The same, for as long as ending everything may take.
+    pub async fn finish(&self) {
+        if tokio::time::timeout(Duration::from_secs(10), self.idle()).await.is_err() {
             tracing::error!(running = self.running(), "executions are left; the kernel closes them");
         }
     }
