@@ -223,6 +223,9 @@ impl Gate {
         if self.is_draining() {
             return Readiness::NotReady("draining".to_owned());
         }
+        if !self.ledger.is_running() {
+            return Readiness::NotReady("the ledger has stopped".to_owned());
+        }
         match self.enforcer.health() {
             Ok(()) => Readiness::Ready,
             Err(error) => {
@@ -232,10 +235,13 @@ impl Gate {
         }
     }
 
-    /// Counts a call as running until the guard goes.
-    pub fn enter(self: &Arc<Self>) -> Running {
-        self.running.fetch_add(1, Ordering::AcqRel);
-        Running(Arc::clone(self))
+    /// Counts a call as running until the guard goes; `None` when as many run or wait as may. A call outlives its
+    /// connection, so that no limit of connections bounds them.
+    pub fn enter(self: &Arc<Self>) -> Option<Running> {
+        let most = self.config.sandbox.max_concurrent.saturating_add(self.config.sandbox.max_waiting);
+        let entered = |running: usize| (running < most).then(|| running + 1);
+        self.running.fetch_update(Ordering::AcqRel, Ordering::Acquire, entered).ok()?;
+        Some(Running(Arc::clone(self)))
     }
 
     pub fn running(&self) -> usize {
