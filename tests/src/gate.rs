@@ -56,7 +56,7 @@ impl Setup {
 
     /// Puts keys before every table of the configuration.
     pub fn first(mut self, text: &str) -> Self {
-        self.config.insert_str(0, text);
+        self.config.insert_str(0, &text.replace("{dir}", &self.directory.display().to_string()));
         self
     }
 
