@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pathlib
 import sys
 
 from latchgate import LatchGateClient, LatchGateDenied
@@ -9,6 +10,11 @@ from latchgate import LatchGateClient, LatchGateDenied
 
 def say(title: str, text: object) -> None:
     print(f"\n== {title}\n{text}")
+
+
+def return_receipt(receipt_id: str) -> None:
+    """Leaves the id for the script that called this one."""
+    pathlib.Path(sys.argv[1]).write_text(receipt_id, encoding="ascii")
 
 
 async def main() -> int:
@@ -33,7 +39,7 @@ async def main() -> int:
         if around.output["curl_said"] != "Operation not permitted":
             print("curl was not refused by the kernel", file=sys.stderr)
             return 1
-        print(around.receipt_id, file=open(sys.argv[1], "w", encoding="ascii"))
+        return_receipt(around.receipt_id)
     return 0
 
 

@@ -49,9 +49,7 @@ def certificate(directory: pathlib.Path, address: str) -> tuple[pathlib.Path, pa
     cert_file, key_file = directory / "origin.pem", directory / "origin.key"
     cert_file.write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
     key_file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return cert_file, key_file
 

@@ -34,8 +34,13 @@ cat >"$work/latchgate.toml" <<TOML
 instance = "demo"
 state_dir = "$work/state"
 
+# The built-in actions, one that goes round the proxy, and a name that http_fetch may reach.
 [definitions]
+builtin = true
 manifests = "$PWD/demo/manifests"
+
+[definitions.allowed_domains]
+http_fetch = ["origin.demo.test"]
 
 [egress]
 ca_file = "$work/ca.pem"

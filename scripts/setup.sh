@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what a target of the Makefile needs and this machine lacks. Usage: setup.sh demo|test
+# Installs what a target of the Makefile needs and this machine lacks. Usage: setup.sh demo|test|lint
 set -euo pipefail
 cd "$(dirname "$0")/.."
-purpose=${1:?demo or test}
+purpose=${1:?demo, test or lint}
 cache=${LATCHGATE_CACHE:-$HOME/.cache/latchgate}
 mkdir -p "$cache"
 
@@ -37,4 +37,17 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import latchgate' 2>/
     echo "setup: the published client, in $venv"
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check 'latchgate==0.2.0'
+fi
+
+if [ "$purpose" = lint ]; then
+    # Versions are named, so that a new rule does not break an old commit.
+    if ! "$cache/tools/bin/cargo-deny" --version 2>/dev/null | grep -qx 'cargo-deny 0.20.2'; then
+        echo "setup: cargo-deny, in $cache/tools"
+        (cd / && cargo install --quiet --locked --root "$cache/tools" cargo-deny@0.20.2)
+    fi
+    if ! "$cache/lint/bin/ruff" --version >/dev/null 2>&1 || ! "$cache/lint/bin/mypy" --version >/dev/null 2>&1; then
+        echo "setup: ruff and mypy, in $cache/lint"
+        python3 -m venv "$cache/lint"
+        "$cache/lint/bin/pip" install --quiet --disable-pip-version-check 'ruff==0.17.6' 'mypy==2.4.1'
+    fi
 fi

@@ -48,7 +48,14 @@ pub fn open_flows(leaf: u64) -> u64 {
 
 #[inline(always)]
 pub fn note(refusal: &Refusal) {
-    let Some(counts) = counts_of(refusal.leaf) else { return };
+    // What has no entry shares its counters: a limit there would silence all of it for good.
+    let (counts, limit) = match COUNTS.get_ptr_mut(refusal.leaf) {
+        Some(counts) => (counts, EVENTS_PER_LEAF),
+        None => match COUNTS.get_ptr_mut(0) {
+            Some(counts) => (counts, u64::MAX),
+            None => return,
+        },
+    };
     // SAFETY: fields of a map's value that was looked up in this run.
     unsafe {
         let denied = match refusal.hook {
@@ -62,7 +69,7 @@ pub fn note(refusal: &Refusal) {
             Hook::SockOps => &raw mut (*counts).denied[7],
         };
         add(denied, 1);
-        if read_volatile(&raw const (*counts).events) >= EVENTS_PER_LEAF {
+        if read_volatile(&raw const (*counts).events) >= limit {
             add(&raw mut (*counts).events_lost, 1);
             return;
         }

@@ -104,12 +104,18 @@ pub struct Auth {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Definitions {
-    /// A directory of manifests; those that are built in when absent.
+    /// A directory of manifests.
     pub manifests: Option<PathBuf>,
+    /// Load the manifests that are built in; `manifests` wins over them. True unless `manifests` is given.
+    pub builtin: Option<bool>,
+    /// Action id to entries that are added to its `egress.allowed_domains`.
+    pub allowed_domains: BTreeMap<String, Vec<toml::Value>>,
     /// Load a manifest with unknown keys as an error instead of a warning.
     pub strict: bool,
     /// A directory of Rego files and JSON data; the default policy when absent.
     pub policy: Option<PathBuf>,
+    /// A JSON file in place of the policy's own data: the ACL.
+    pub policy_data: Option<PathBuf>,
     /// Action id to the `action_digest` that it must have; another one is `action_digest_mismatch`.
     pub pins: BTreeMap<String, String>,
 }

@@ -18,7 +18,14 @@ pub fn create_private(path: &Path, contents: &[u8]) -> io::Result<()> {
 
 /// Makes `path` and what is missing above it, 0700, and refuses a directory that is a symlink, belongs to another uid,
 /// or is open to others: whoever could swap it could swap what is in it.
+///
+/// # Errors
+/// Name the path.
 pub fn private_directory(path: &Path) -> io::Result<()> {
+    make_private(path).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}
+
+fn make_private(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(parent) = path.parent() {
@@ -33,7 +40,7 @@ pub fn private_directory(path: &Path) -> io::Result<()> {
         Ok(_) => {}
     }
     let found = fs::symlink_metadata(path)?;
-    let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display())));
+    let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
     if !found.is_dir() {
         return refuse("is not a directory (a symlink is not followed)");
     }

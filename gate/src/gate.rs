@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::action::manifest::{Call, Manifest};
-use crate::action::registry::{Registry, Source};
+use crate::action::registry::{AddedDomains, Registry, Source};
 use crate::auth::Authenticator;
 use crate::auth::lease::{Issuer, LeaseKeys};
 use crate::auth::operator::{Operator, Operators};
@@ -210,12 +210,12 @@ impl Gate {
     }
 
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        self.draining.load(Ordering::SeqCst)
     }
 
     /// From now on nothing new is begun.
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.store(true, Ordering::SeqCst);
     }
 
     /// Whether calls can be held to what is decided, asked of the kernel at this moment.
@@ -224,7 +224,7 @@ impl Gate {
             return Readiness::NotReady("draining".to_owned());
         }
         if !self.ledger.is_running() {
-            return Readiness::NotReady("the ledger has stopped".to_owned());
+            return Readiness::NotReady("the ledger has stopped: nothing can be recorded, so nothing runs".to_owned());
         }
         match self.enforcer.health() {
             Ok(()) => Readiness::Ready,
@@ -240,12 +240,12 @@ impl Gate {
     pub fn enter(self: &Arc<Self>) -> Option<Running> {
         let most = self.config.sandbox.max_concurrent.saturating_add(self.config.sandbox.max_waiting);
         let entered = |running: usize| (running < most).then(|| running + 1);
-        self.running.fetch_update(Ordering::AcqRel, Ordering::Acquire, entered).ok()?;
+        self.running.fetch_update(Ordering::SeqCst, Ordering::SeqCst, entered).ok()?;
         Some(Running(Arc::clone(self)))
     }
 
     pub fn running(&self) -> usize {
-        self.running.load(Ordering::Acquire)
+        self.running.load(Ordering::SeqCst)
     }
 
     /// Ends every execution that runs.
@@ -261,22 +261,18 @@ impl Gate {
         }
     }
 
-    /// Waits until nothing runs.
-    pub async fn idle(&self) {
-        loop {
-            let idle = self.idle.notified();
-            if self.running() == 0 {
-                return;
+    /// Waits until nothing runs; false if something still does when the time is over.
+    pub async fn idle_within(&self, patience: Duration) -> bool {
+        let all_done = async {
+            loop {
+                let idle = self.idle.notified();
+                if self.running() == 0 {
+                    return;
+                }
+                idle.await;
             }
-            idle.await;
-        }
-    }
-
-    /// The same, for as long as ending everything may take.
-    pub async fn finish(&self) {
-        if tokio::time::timeout(Duration::from_secs(10), self.idle()).await.is_err() {
-            tracing::error!(running = self.running(), "executions are left; the kernel closes them");
-        }
+        };
+        tokio::time::timeout(patience, all_done).await.is_ok()
     }
 
     /// The digest of what an action of this manifest runs: the gate's own executable, or its sealed copies.
@@ -311,20 +307,38 @@ impl Drop for Running {
 }
 
 fn load_registry(config: &Config) -> Result<Registry, StartError> {
-    let source = match &config.definitions.manifests {
-        None => Source::Embedded,
-        Some(directory) => Source::Directory(directory.clone()),
-    };
-    let registry = Registry::load(&[source]).map_err(part("manifests"))?;
+    let definitions = &config.definitions;
+    let builtin = definitions.builtin.unwrap_or(definitions.manifests.is_none());
+    let directory = definitions.manifests.clone().map(Source::Directory);
+    let sources: Vec<Source> = builtin.then_some(Source::Embedded).into_iter().chain(directory).collect();
+    let added = definitions
+        .allowed_domains
+        .iter()
+        .map(|(id, entries)| {
+            let entries = entries.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
+            entries.map(|entries| (id.clone(), entries))
+        })
+        .collect::<Result<AddedDomains, _>>()
+        .map_err(part("definitions.allowed_domains"))?;
+    let registry = Registry::load_with(&sources, &added).map_err(part("manifests"))?;
     let registry = if config.definitions.strict { registry.strict().map_err(part("manifests"))? } else { registry };
     Ok(registry.with_pins(config.definitions.pins.clone()))
 }
 
 fn load_policy(config: &Config) -> Result<Embedded, StartError> {
-    match &config.definitions.policy {
-        None => Embedded::builtin().map_err(part("policy")),
-        Some(directory) => Embedded::load_directory(directory).map_err(part("policy")),
+    let mut files = match &config.definitions.policy {
+        None => Embedded::builtin_files(),
+        Some(directory) => Embedded::directory_files(directory).map_err(part("policy"))?,
+    };
+    if let Some(path) = &config.definitions.policy_data {
+        let text = std::fs::read_to_string(path).map_err(|error| StartError {
+            part: "definitions.policy_data",
+            message: format!("{}: {error}", path.display()),
+        })?;
+        files.retain(|file| !file.name.ends_with(".json"));
+        files.push(policy::embedded::File { name: "data.json".to_owned(), text });
     }
+    Embedded::load(&files).map_err(part("policy"))
 }
 
 fn operators(config: &Config) -> Result<Vec<Operator>, StartError> {

@@ -9,10 +9,34 @@
 //! Skipping one does not compile. There is no second way to the sandbox: only [`dispatch`] starts one, and it takes a
 //! [`grant::Grant`].
 //!
-//! ```compile_fail
-//! # use latchgate::pipeline::{authorise::Decision, grant::Grant};
-//! fn forge(decision: Decision) -> Grant {
-//!     Grant { decision, plan_hash: String::new() } // private fields: only `grant::issue` makes one
+//! ```
+//! # use latchgate::pipeline::{authenticate::Caller, authorise::Decision, dispatch, grant::Grant, validate::ValidCall};
+//! fn read(caller: &Caller, call: &ValidCall, decision: &Decision, grant: &Grant) -> usize {
+//!     caller.principal().len() + call.request_hash().len() + decision.policy_version().len() + grant.grant_id().len()
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::{authenticate::Caller};
+//! fn somebody_else(caller: Caller, other: Caller) -> Caller {
+//!     Caller { proven: other.proven, ..caller }
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::authorise::Decision;
+//! fn under_another_policy(decision: Decision) -> Decision {
+//!     Decision { policy_version: String::new(), ..decision }
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::grant::Grant;
+//! fn for_longer(grant: Grant) -> Grant {
+//!     Grant { deadline: std::time::Duration::MAX, ..grant }
+//! }
+//! ```
+//! ```compile_fail,E0308
+//! # use latchgate::{gate::Gate, pipeline::{Ids, authorise::Decision, dispatch}};
+//! async fn without_a_grant(gate: &Gate, decision: Decision, ids: &Ids) {
+//!     dispatch::run(gate, decision, ids).await;
 //! }
 //! ```
 //!
@@ -159,6 +183,10 @@ pub async fn execute(gate: &Arc<Gate>, request: Request, action_id: &str, body: 
         Ok(decision) => {
             // Not an event: who floods the gate is not to fill its ledger as well.
             let running = gate.enter().ok_or_else(|| Refused::new(&ids, Refusal::Busy))?;
+            // After it is counted: a drain that began since the request came either sees it or is seen here.
+            if gate.is_draining() {
+                return Err(Refused::new(&ids, Refusal::Draining));
+            }
             let gate = Arc::clone(gate);
             let running = tokio::spawn(async move { perform(&gate, caller, decision, &ids, running).await });
             running.await.unwrap_or_else(|error| {

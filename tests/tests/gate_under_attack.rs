@@ -319,3 +319,33 @@ fn no_way_of_failing_leaves_anything_behind() {
     assert_eq!(receipts(&gate).len(), 22);
     assert_eq!(gate.verify().0, 0);
 }
+
+#[test]
+fn a_call_whose_body_comes_after_the_drain_began_is_not_begun() {
+    let mut gate = Setup::new("attack-late").command("echo", "cat", NONE).start();
+    let agent = Agent::connect(&gate.agent());
+    assert_eq!(agent.execute("echo", &json!({"a": 1})).status, 200);
+    let path = "/v1/actions/echo/execute";
+    let mut stream = UnixStream::connect(socket(&gate)).unwrap();
+    write!(
+        stream,
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: {}\r\ndpop: {}\r\n\
+         content-type: application/json\r\ncontent-length: 8\r\nexpect: 100-continue\r\n\r\n",
+        agent.authorization(),
+        agent.proof("POST", path)
+    )
+    .unwrap();
+    // The gate asks for the body: it has let the request in.
+    let mut asked = [0; 25];
+    std::io::Read::read_exact(&mut stream, &mut asked).unwrap();
+    assert!(asked.starts_with(b"HTTP/1.1 100"), "{}", String::from_utf8_lossy(&asked));
+    let pid = rustix::process::Pid::from_raw(i32::try_from(gate.pid()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    wait_for("the drain", || gate.logged(|line| line.contains("draining")).then_some(()));
+    stream.write_all(b"{\"a\": 2}").unwrap();
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("\"draining\""), "{answer}");
+    assert_eq!(gate.stop(), 0);
+    assert_eq!(receipts(&gate).len(), 1);
+}

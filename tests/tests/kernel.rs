@@ -141,10 +141,17 @@ fn what_was_not_admitted_is_closed() {
     assert_eq!(inside.ask(&format!("connect {proxy}")), "EPERM");
     tree.event(leaf.id, "sock_create", "no_entry");
     assert_eq!(inside.ask(&format!("sendto {proxy}")), "EPERM");
+    // No limit silences what has no entry.
+    for _ in 0..1_100 {
+        assert_eq!(inside.ask("sendto 127.0.0.1:9"), "EPERM");
+    }
+    while tree.events.as_mut().unwrap().try_recv().is_ok() {}
+    assert_eq!(inside.ask("sendto 127.0.0.1:9"), "EPERM");
+    tree.event(leaf.id, "sock_create", "no_entry");
     // A process in `actions` itself is in no leaf.
     let mut above = Actor::start_in(&tree.actions);
     assert_eq!(above.ask(&format!("connect {proxy}")), "EPERM");
-    assert_eq!(tree.enforcer().counts_without_leaf().unwrap().denied.sock_create, 3);
+    assert_eq!(tree.enforcer().counts_without_leaf().unwrap().denied.sock_create, 3 + 1_101);
     // The same process, once admitted.
     tree.enforcer().admit(leaf.id, KernelProfile::ProxyOnly, LONG).unwrap();
     assert_eq!(inside.ask(&format!("connect {proxy}")), "ok");

@@ -14,8 +14,8 @@ use crate::gate::Gate;
 use crate::privileges;
 use crate::server::{self, ConnectionLimits, listen};
 
-/// What agents have to hear the last answers, after everything was ended.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How long ending what runs may take, and how long the last answers may take to be read.
+const LAST_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -34,16 +34,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
 /// Checks privileges, builds the gate, listens, and runs until it is told to stop.
 pub(crate) fn start(config: Config) -> Result<(), Failure> {
-    let missing = privileges::missing(&config);
-    if !missing.is_empty() {
-        let lines: Vec<String> = missing.iter().map(|one| format!("  {}: {}", one.what, one.why)).collect();
-        return Err(Failure::new(format!("cannot enforce anything here; missing:\n{}", lines.join("\n"))));
-    }
+    check_privileges()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::new(format!("the runtime does not start: {error}")))?;
     runtime.block_on(serve(config))
+}
+
+/// Refuses with everything that is missing, before anything is made.
+pub(super) fn check_privileges() -> Result<(), Failure> {
+    let missing = privileges::missing();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = missing.iter().map(|one| format!("  {}: {}", one.what, one.why)).collect();
+    Err(Failure::new(format!("cannot enforce anything here; missing:\n{}", lines.join("\n"))))
 }
 
 #[expect(clippy::disallowed_methods, reason = "start-up is measured on the real clock, before any test could pause it")]
@@ -85,20 +91,17 @@ async fn serve(config: Config) -> Result<(), Failure> {
     told_to_stop.await;
     gate.drain();
     tracing::info!(running = gate.running(), "draining");
-    let _ = stop.send(true);
-    let patience = Duration::from_secs(gate.config.limits.drain_seconds);
-    // A call whose agent has hung up has no connection any more, and is waited for all the same.
-    let finished = async {
-        while servers.join_next().await.is_some() {}
-        gate.idle().await;
-    };
-    if tokio::time::timeout(patience, finished).await.is_err() {
+    // The sockets stay while something runs: who calls now is told so, and does not find nobody there.
+    if !gate.idle_within(Duration::from_secs(gate.config.limits.drain_seconds)).await {
         tracing::warn!(running = gate.running(), "the drain took too long; what runs is ended");
         gate.cancel();
-        gate.finish().await;
-        // Who still listens hears how it ended.
-        let _ = tokio::time::timeout(LAST_ANSWERS, async { while servers.join_next().await.is_some() {} }).await;
+        if !gate.idle_within(LAST_PATIENCE).await {
+            tracing::error!(running = gate.running(), "executions are left; the kernel closes them");
+        }
     }
+    let _ = stop.send(true);
+    let answered = async { while servers.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(LAST_PATIENCE, answered).await;
     Ok(())
 }
 

@@ -10,7 +10,8 @@ use crate::time::Timestamp;
 ///
 /// Bytes are TCP payload as the proxy read it from and wrote it to its two sockets. The sandbox leg holds the proxy
 /// request and answer as well as what was carried; the upstream leg, under TLS that the proxy made itself, holds the
-/// TLS records.
+/// TLS records. A connection that is refused without being served (nobody's, or over a limit of connections) is not
+/// counted: its bytes are 0.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct FlowRecord {
     /// When the connection was accepted.

@@ -312,7 +312,7 @@ fn take(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr) {
             record.end = End::Answered;
             let reply = Reply::denied(rule, "the kernel has no record of a running action that made this connection");
             let bytes = reply.to_bytes(&record.decision_id, false);
-            tracing::warn!(%client, rule, decision_id = record.decision_id, "a connection that is nobody's was refused");
+            tracing::debug!(%client, rule, decision_id = record.decision_id, "a connection that is nobody's was refused");
             let _ = shared.flows.send(Arc::new(record));
             dismiss(shared, stream, bytes);
         }

@@ -80,10 +80,6 @@ impl Refusals {
     }
 
     fn note(&self, event: KernelEvent) {
-        tracing::warn!(
-            leaf = event.leaf.0, hook = event.hook, address = ?event.address, port = event.port, reason = event.reason,
-            "the kernel refused"
-        );
         if let Some(of_leaf) = self.leaves().get_mut(&event.leaf) {
             of_leaf.seen += 1;
             if of_leaf.events.len() < KEPT_PER_LEAF {

@@ -245,7 +245,10 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
             let room = response_bytes.saturating_mul(6).saturating_add(256 << 10);
             (Program::HttpWorker, job.to_string().into_bytes(), room)
         }
-        Prepared::Command { command, stdin } => (program(gate, command), stdin.clone(), response_bytes),
+        Prepared::Command { command, stdin } => {
+            let reaches = !grant.decision().profile().is_none();
+            (program(gate, command, reaches), stdin.clone(), response_bytes)
+        }
     };
     Ok(Job {
         program,
@@ -263,10 +266,12 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
 
 /// The command as the sandbox takes it. A program that knows proxies finds the gate's in its environment; one that
 /// does not, or will not, is the kernel's to stop.
-fn program(gate: &Gate, command: &Command) -> Program {
-    let proxy = format!("http://{}", gate.proxy.addresses().v4);
-    let mut env: Vec<(String, String)> =
-        PROXY_VARIABLES.iter().map(|name| ((*name).to_owned(), proxy.clone())).collect();
+fn program(gate: &Gate, command: &Command, reaches: bool) -> Program {
+    let mut env: Vec<(String, String)> = Vec::new();
+    if reaches {
+        let proxy = format!("http://{}", gate.proxy.addresses().v4);
+        env.extend(PROXY_VARIABLES.iter().map(|name| ((*name).to_owned(), proxy.clone())));
+    }
     env.extend(command.env.iter().map(|(name, value)| (name.clone(), value.clone())));
     Program::Command {
         argv: command.argv.clone(),

@@ -78,6 +78,14 @@ impl Embedded {
     /// # Errors
     /// [`PolicyLoadError`] with the file.
     pub fn load_directory(directory: &Path) -> Result<Self, PolicyLoadError> {
+        Self::load(&Self::directory_files(directory)?)
+    }
+
+    /// What [`Self::load_directory`] loads.
+    ///
+    /// # Errors
+    /// [`PolicyLoadError`] with the file that cannot be read.
+    pub fn directory_files(directory: &Path) -> Result<Vec<File>, PolicyLoadError> {
         let failed = |path: &Path, error: &std::io::Error| PolicyLoadError::File {
             file: path.display().to_string(),
             what: error.to_string(),
@@ -93,7 +101,7 @@ impl Embedded {
             let text = fs::read_to_string(&path).map_err(|error| failed(&path, &error))?;
             files.push(File { name, text });
         }
-        Self::load(&files)
+        Ok(files)
     }
 
     /// # Errors

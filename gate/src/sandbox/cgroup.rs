@@ -64,8 +64,7 @@ impl CgroupTree {
             Some(root) => root.to_owned(),
             None => own_cgroup()?,
         };
-        let status = rustix::fs::statfs(&base).map_err(|e| io_error(&base, "statfs")(e.into()))?;
-        if u64::try_from(status.f_type).ok() != Some(CGROUP2_MAGIC) {
+        if !is_cgroup2(&base).map_err(io_error(&base, "statfs"))? {
             return Err(CgroupError::NotCgroup(base));
         }
         let shared = base.join("latchgate");
@@ -74,11 +73,12 @@ impl CgroupTree {
         for path in [&shared, &own, &gate, &actions] {
             make_directory(path)?;
         }
-        let lock = File::open(&actions).map_err(io_error(&actions, "open"))?;
+        // Of the instance's own directory: `actions` is locked by whoever attaches the kernel program to it.
+        let lock = File::open(&own).map_err(io_error(&own, "open"))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(actions)),
-            Err(error) => return Err(io_error(&actions, "lock")(error.into())),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(own)),
+            Err(error) => return Err(io_error(&own, "lock")(error.into())),
         }
         write(&gate.join("cgroup.procs"), "0")?;
         for path in [&base, &shared, &own, &actions] {
@@ -166,13 +166,13 @@ impl Leaf {
 
     /// SIGKILL to everything in it, atomically against forks (`cgroup.kill`, cgroup-v2.rst; Linux 5.14).
     pub(super) fn signal_kill(&self) -> Result<(), CgroupError> {
-        write(&self.0.path.join("cgroup.kill"), "1")
+        unless_gone(write(&self.0.path.join("cgroup.kill"), "1"), ())
     }
 
     pub(super) fn is_populated(&self) -> Result<bool, CgroupError> {
         let path = self.0.path.join("cgroup.events");
-        let text = fs::read_to_string(&path).map_err(io_error(&path, "read"))?;
-        Ok(populated(&text))
+        let text = fs::read_to_string(&path).map_err(io_error(&path, "read"));
+        unless_gone(text.map(|text| populated(&text)), false)
     }
 
     /// Kills everything in it and waits until it is empty.
@@ -201,7 +201,24 @@ fn populated(events: &str) -> bool {
     !events.lines().any(|line| line == "populated 0")
 }
 
+/// A directory that is not there any more was empty: the kernel removes no other (cgroup-v2.rst). Its open files then
+/// answer ENODEV.
+fn unless_gone<T>(result: Result<T, CgroupError>, gone: T) -> Result<T, CgroupError> {
+    match result {
+        Err(CgroupError::Io { source, .. })
+            if source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(libc::ENODEV) =>
+        {
+            Ok(gone)
+        }
+        other => other,
+    }
+}
+
 fn kill_and_wait(path: &Path) -> Result<(), CgroupError> {
+    unless_gone(kill_until_empty(path), ())
+}
+
+fn kill_until_empty(path: &Path) -> Result<(), CgroupError> {
     write(&path.join("cgroup.kill"), "1")?;
     let events = path.join("cgroup.events");
     let mut file = File::open(&events).map_err(io_error(&events, "open"))?;
@@ -222,7 +239,7 @@ fn kill_and_wait(path: &Path) -> Result<(), CgroupError> {
 /// Kills and removes a cgroup and those that were made inside it, deepest first.
 fn remove_tree(path: &Path) -> Result<(), CgroupError> {
     kill_and_wait(path)?;
-    for child in children(path)? {
+    for child in unless_gone(children(path), Vec::new())? {
         remove_tree(&child)?;
     }
     match fs::remove_dir(path) {
@@ -267,17 +284,26 @@ fn write(path: &Path, text: &str) -> Result<(), CgroupError> {
 /// The directory of this process's own v2 cgroup; of the one above `latchgate/<instance>/gate` when a gate started it.
 fn own_cgroup() -> Result<PathBuf, CgroupError> {
     let read = |path: &str| fs::read_to_string(path).map_err(io_error(Path::new(path), "read"));
-    locate(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?).ok_or(CgroupError::NoHierarchy)
+    // A mount may be hidden by a later one, so what is listed need not be there.
+    let candidates = locate(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
+    candidates.into_iter().find(|path| is_cgroup2(path).unwrap_or(false)).ok_or(CgroupError::NoHierarchy)
 }
 
-/// `mountinfo` as proc_pid_mountinfo(5), `cgroup` as cgroups(7) have them.
-fn locate(mountinfo: &str, cgroup: &str) -> Option<PathBuf> {
-    let own = Path::new(cgroup.lines().find_map(|line| line.strip_prefix("0::"))?);
+fn is_cgroup2(path: &Path) -> io::Result<bool> {
+    Ok(u64::try_from(rustix::fs::statfs(path)?.f_type).ok() == Some(CGROUP2_MAGIC))
+}
+
+/// Where this process's cgroup should be seen, mount by mount; `mountinfo` as proc_pid_mountinfo(5), `cgroup` as
+/// cgroups(7) have them.
+fn locate(mountinfo: &str, cgroup: &str) -> Vec<PathBuf> {
+    let Some(own) = cgroup.lines().find_map(|line| line.strip_prefix("0::")).map(Path::new) else {
+        return Vec::new();
+    };
     let own = match own.components().rev().map(|part| part.as_os_str().to_str()).collect::<Vec<_>>().as_slice() {
-        [Some("gate"), Some(_), Some("latchgate"), ..] => own.ancestors().nth(3)?,
+        [Some("gate"), Some(_), Some("latchgate"), ..] => own.ancestors().nth(3).unwrap_or(own),
         _ => own,
     };
-    mountinfo.lines().find_map(|line| {
+    let seen_at = |line: &str| {
         let (mount, filesystem) = line.split_once(" - ")?;
         if filesystem.split(' ').next() != Some("cgroup2") {
             return None;
@@ -287,7 +313,8 @@ fn locate(mountinfo: &str, cgroup: &str) -> Option<PathBuf> {
         // A bind of another part of the hierarchy does not show this process's cgroup.
         let below = own.strip_prefix(&root).ok()?;
         Some(if below.as_os_str().is_empty() { PathBuf::from(point) } else { Path::new(&point).join(below) })
-    })
+    };
+    mountinfo.lines().filter_map(seen_at).collect()
 }
 
 /// `\040` and its like, as the kernel writes blanks in mountinfo.

@@ -115,7 +115,7 @@ struct State {
     many: Vec<OwnedFd>,
 }
 
-const PATIENCE: Duration = Duration::from_millis(700);
+const PATIENCE: Duration = Duration::from_millis(1_000);
 
 fn connect(to: &str) -> std::io::Result<TcpStream> {
     TcpStream::connect_timeout(&to.parse().unwrap(), PATIENCE)
@@ -307,7 +307,11 @@ fn burst(port: u16, count: usize, tag: u64) -> std::io::Result<String> {
 fn transfer(to: &str, mode: &str, send: usize, want: usize) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let header = [u8::from(mode == "server-first")];
+    let header = match mode {
+        "server-first" => [1],
+        "client-alone" => [2],
+        _ => [0],
+    };
     stream.write_all(&header)?;
     stream.write_all(&u64::try_from(send).unwrap().to_be_bytes())?;
     stream.write_all(&u64::try_from(want).unwrap().to_be_bytes())?;
@@ -323,7 +327,7 @@ fn transfer(to: &str, mode: &str, send: usize, want: usize) -> std::io::Result<S
             stream.read_exact(&mut back)?;
             assert_eq!(stream.read(&mut [0; 1])?, 0);
         }
-        "client-first" => stream.read_exact(&mut back)?,
+        "client-first" | "client-alone" => stream.read_exact(&mut back)?,
         "reset" => {
             stream.read_exact(&mut back)?;
             let linger = libc::linger { l_onoff: 1, l_linger: 0 };

@@ -136,6 +136,11 @@ fn exchange(listener: &TcpListener) -> (u64, u64) {
         // The client ends it: by a FIN, or a reset.
         let _ = stream.read(&mut [0; 1]);
     }
+    if header[0] == 2 {
+        // Longer than a delayed acknowledgement: the client's socket is gone before this end's FIN comes.
+        let _ = stream.read(&mut [0; 1]);
+        std::thread::sleep(Duration::from_millis(150));
+    }
     (got + 17, outgoing)
 }
 
@@ -145,11 +150,13 @@ fn payload_is_counted_to_the_byte_however_a_connection_ends() {
     let port = tree.proxy.port;
     let sizes = [(0, 0), (1, 0), (0, 1), (1, 1), (1_000, 70_000), (300_000, 3), (1_000_000, 2_000_000)];
     let mut totals = HashMap::new();
-    for mode in ["half-close", "server-first", "client-first", "reset"] {
+    for mode in ["half-close", "server-first", "client-first", "client-alone", "reset"] {
         let leaf = tree.admitted(mode, KernelProfile::ProxyOnly);
         let mut client = Actor::start_in(&leaf.path);
         let (mut sent, mut received) = (0, 0);
-        for (at, (send, want)) in sizes.into_iter().enumerate() {
+        // A reset leaves no time for an acknowledgement of its own: the answer has to carry it.
+        let sizes = sizes.into_iter().filter(|(_, want)| mode != "reset" || *want > 0);
+        for (at, (send, want)) in sizes.enumerate() {
             let (host, listener) = match at % 3 {
                 0 => ("127.0.0.1", &tree.proxy.v4),
                 1 => ("[::1]", &tree.proxy.v6),
@@ -171,7 +178,7 @@ fn payload_is_counted_to_the_byte_however_a_connection_ends() {
         let counts = tree.enforcer().retire(leaf.id).unwrap();
         assert_eq!(counts.open_flows, 0, "{mode}");
         assert_eq!((counts.bytes_sent, counts.bytes_received), (sent, received), "{mode}");
-        assert_eq!(counts.connections, 7, "{mode}");
+        assert_eq!(counts.connections, if mode == "reset" { 5 } else { 7 }, "{mode}");
         assert!(counts.wire_bytes_out > sent && counts.wire_bytes_in > received, "{mode}");
     }
 }

@@ -12,13 +12,13 @@ use super::tree::{LONG, Tree};
 fn a_past_deadline_closes_a_leaf_and_its_open_connections() {
     let mut tree = Tree::attached("deadline");
     let leaf = tree.leaf("leaf");
-    tree.enforcer().admit(leaf.id, KernelProfile::ProxyOnly, Duration::from_millis(900)).unwrap();
-    let admitted = Instant::now();
     let mut inside = Actor::start_in(&leaf.path);
+    tree.enforcer().admit(leaf.id, KernelProfile::ProxyOnly, Duration::from_millis(1_500)).unwrap();
+    let admitted = Instant::now();
     let proxy = format!("127.0.0.1:{}", tree.proxy.port);
     assert_eq!(inside.ask(&format!("hold {proxy}")), "ok");
     assert_eq!(inside.ask("make"), "ok");
-    std::thread::sleep(Duration::from_millis(950).saturating_sub(admitted.elapsed()));
+    std::thread::sleep(Duration::from_millis(1_550).saturating_sub(admitted.elapsed()));
     assert_eq!(inside.ask(&format!("connect-made {proxy}")), "EPERM");
     tree.event(leaf.id, "connect4", "expired");
     assert_eq!(inside.ask(&format!("connect {proxy}")), "EPERM");
@@ -126,6 +126,40 @@ fn a_gate_that_ends_closes_at_once_and_stays_attached() {
     assert_eq!(inside.ask(&format!("connect {proxy}")), "EPERM");
     assert_eq!(std::fs::read_dir(tree.pins()).unwrap().count(), 1);
     tree.enforcer = Some(Enforcer::start(tree.config()).unwrap());
+}
+
+/// Only the packet filter sees a connection that was made under other rules.
+#[test]
+fn a_connection_to_an_earlier_proxy_or_profile_is_cut() {
+    let mut tree = Tree::attached("earlier");
+    let leaf = tree.admitted("leaf", KernelProfile::ProxyOnly);
+    let mut inside = Actor::start_in(&leaf.path);
+    let earlier = tree.proxy.port;
+    assert_eq!(inside.ask(&format!("hold 127.0.0.1:{earlier}")), "ok");
+    let (accepted, _) = tree.proxy.v4.accept().unwrap();
+    accepted.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let arrives = || std::io::Read::read(&mut &accepted, &mut [0; 64]).is_ok();
+    assert_eq!(inside.ask("write 1"), "ok");
+    assert!(arrives());
+
+    tree.enforcer().retire(leaf.id).unwrap();
+    tree.enforcer().admit(leaf.id, KernelProfile::None, LONG).unwrap();
+    assert_eq!(inside.ask("write 1"), "ok");
+    assert_eq!(tree.event(leaf.id, "egress", "profile_none").port, earlier);
+    assert!(!arrives());
+
+    drop(tree.enforcer.take());
+    let other = super::tree::Proxy::bind();
+    let mut config = tree.config();
+    config.proxy = other.addresses();
+    let enforcer = Enforcer::start(config).unwrap();
+    tree.events = Some(enforcer.events());
+    enforcer.admit(leaf.id, KernelProfile::ProxyOnly, LONG).unwrap();
+    tree.enforcer = Some(enforcer);
+    assert_eq!(inside.ask("write 1"), "ok");
+    assert_eq!(tree.event(leaf.id, "egress", "not_the_proxy").port, earlier);
+    assert!(!arrives());
+    assert_eq!(inside.ask(&format!("connect 127.0.0.1:{}", other.port)), "ok");
 }
 
 #[test]

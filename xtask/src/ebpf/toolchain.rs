@@ -48,8 +48,9 @@ impl Toolchain {
             .ok_or_else(|| format!("{} does not say its LLVM version", rustc.display()))?
             .to_owned();
         let tools = cache()?.join("bpf");
-        if !tools.join("bin/bpf-linker").exists() {
-            install_linker(&tools, &major)?;
+        let library = llvm_library(&major)?;
+        if !tools.join("bin/bpf-linker").exists() || !is_linked(&tools, &library) {
+            install_linker(&tools, &major, &library)?;
         }
         let linker_version = output(Command::new(tools.join("bin/bpf-linker")).arg("--version"))?.trim().to_owned();
         Ok(Self { rustc, version: version.trim().to_owned(), sysroot, tools, linker_version })
@@ -90,21 +91,26 @@ impl Toolchain {
     }
 }
 
+/// Whether the installed linker was built against this library, and not that of an earlier compiler.
+fn is_linked(tools: &Path, library: &Path) -> bool {
+    let (found, wanted) = (fs::canonicalize(tools.join("llvm/lib/libLLVM.so")), fs::canonicalize(library));
+    matches!((found, wanted), (Ok(found), Ok(wanted)) if found == wanted)
+}
+
 /// Builds bpf-linker against the LLVM of the compiler. No LLVM -dev package is needed: a link to the library is enough.
-fn install_linker(tools: &Path, major: &str) -> Result<(), String> {
-    let library = llvm_library(major)?;
+fn install_linker(tools: &Path, major: &str, library: &Path) -> Result<(), String> {
     let directory = tools.join("llvm/lib");
     fs::create_dir_all(&directory).map_err(|error| format!("{}: {error}", directory.display()))?;
     let link = directory.join("libLLVM.so");
     if fs::symlink_metadata(&link).is_ok() {
         fs::remove_file(&link).map_err(|error| format!("{}: {error}", link.display()))?;
     }
-    std::os::unix::fs::symlink(&library, &link).map_err(|error| format!("{}: {error}", link.display()))?;
+    std::os::unix::fs::symlink(library, &link).map_err(|error| format!("{}: {error}", link.display()))?;
     eprintln!("installing bpf-linker {LINKER_VERSION} for LLVM {major} into {}", tools.display());
     let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         // Outside the repository, whose .cargo/config.toml is for the gate.
         .current_dir(tools)
-        .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--no-default-features"])
+        .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--force", "--no-default-features"])
         .args(["--features", &format!("llvm-{major}"), "--root"])
         .arg(tools)
         .env("LLVM_PREFIX", tools.join("llvm"))

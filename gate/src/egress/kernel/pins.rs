@@ -29,17 +29,16 @@ pub fn lock(config: &KernelConfig) -> Result<OwnedFd, KernelError> {
     {
         return Err(KernelError::Instance(config.instance.clone()));
     }
-    // The gate's own directory: that of the leaves is locked by whoever makes the tree.
-    let directory = cgroup(&config.gate)?;
+    let directory = cgroup(&config.actions)?;
     // A child of a dying predecessor that has not reached exec may hold the lock for a moment longer.
     for _ in 0..20 {
         match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(directory),
             Err(rustix::io::Errno::WOULDBLOCK) => thread::sleep(Duration::from_millis(50)),
-            Err(error) => return Err(KernelError::io(config.gate.display().to_string())(error.into())),
+            Err(error) => return Err(KernelError::io(config.actions.display().to_string())(error.into())),
         }
     }
-    Err(KernelError::InUse(config.gate.clone()))
+    Err(KernelError::InUse(config.actions.clone()))
 }
 
 /// Opens a cgroup directory; anything else is refused, because a program attached elsewhere holds nobody.

@@ -38,7 +38,9 @@ pub async fn serve(connection: Connection, stream: TcpStream, dialer: &Dialer, l
         () = connection.counts.idle(limits.idle_time) => End::Idle,
         end = handle(&connection, client, dialer, limits) => end,
     };
-    connection.ended(if connection.counts.is_over_budget() { End::ByteLimit } else { end });
+    if !connection.has_ended() {
+        connection.ended(if connection.counts.is_over_budget() { End::ByteLimit } else { end });
+    }
 }
 
 async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limits: &Limits) -> End {
@@ -47,8 +49,7 @@ async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limit
     let head = match timeout(limits.head_time, client.source.head()).await {
         Err(_) => return client.answer(connection, &Reply::Slow, false).await,
         Ok(Ok(None)) => {
-            client.close().await;
-            return End::Closed;
+            return client.close(connection, End::Closed).await;
         }
         Ok(Ok(Some(head))) => head,
         Ok(Err(ReadError::Malformed(error))) => {
@@ -69,7 +70,7 @@ async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limit
         Err(reply) => return client.answer(connection, &reply, head_only).await,
     };
     match request.forward {
-        None => tunnel(client, upstream).await,
+        None => tunnel(connection, client, upstream).await,
         Some(request_to_pass) if request.target.protocol == Protocol::Https => {
             match dialer.secure(upstream, &request.target.host).await {
                 Ok(upstream) => forward::exchange(connection, client, upstream, &request_to_pass).await,
@@ -89,7 +90,7 @@ async fn reach(connection: &Connection, dialer: &Dialer, target: &Target) -> Res
 
 /// Joins the two sockets. An end of one direction is passed on as such, and the other goes on. What is inside is not
 /// looked at: this is where the name in a ClientHello is to be compared with the name that was asked for.
-async fn tunnel(mut client: Client, upstream: Counted) -> End {
+async fn tunnel(connection: &Connection, mut client: Client, upstream: Counted) -> End {
     let (read, mut up_sink) = tokio::io::split(upstream);
     let mut up_source = Source::new(read);
     if client.sink.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await.is_err() {
@@ -100,8 +101,7 @@ async fn tunnel(mut client: Client, upstream: Counted) -> End {
     match tokio::try_join!(out, back) {
         Ok(_) => {
             up_source.into_stream().unsplit(up_sink).finish();
-            client.close().await;
-            End::Closed
+            client.close(connection, End::Closed).await
         }
         Err(end) => end,
     }
@@ -140,16 +140,17 @@ impl Client {
         if self.sink.write_all(&bytes).await.is_err() {
             return End::ClientFailed;
         }
-        self.close().await;
-        End::Answered
+        self.close(connection, End::Answered).await
     }
 
-    /// Closes in order: what was written arrives.
-    pub async fn close(mut self) {
-        let _ = self.sink.shutdown().await;
-        let read = self.source.into_stream();
-        let mut rest = read.take(LINGER_BYTES);
+    /// Closes in order: what was written arrives. `end` stands from here on, even if the execution ends first.
+    pub async fn close(self, connection: &Connection, end: End) -> End {
+        connection.ended(end);
+        let mut stream = self.source.into_stream().unsplit(self.sink);
+        let _ = stream.shutdown().await;
+        stream.finish();
+        let mut rest = stream.take(LINGER_BYTES);
         let _ = timeout(LINGER_TIME, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
-        rest.into_inner().unsplit(self.sink).finish();
+        end
     }
 }

@@ -50,7 +50,7 @@ impl Dialer {
     /// The answer that the client gets.
     pub async fn authorise(&self, profile: &Profile, target: &Target) -> Result<Vec<SocketAddr>, Reply> {
         let Target { host, port, .. } = target;
-        if let Err(denied) = profile.permits(&host.to_string(), *port) {
+        if let Err(denied) = profile.permits(&host.to_authority(), *port) {
             return Err(Reply::denied(
                 denied.reason.to_string(),
                 format!("the profile of this action does not permit {}:{port}", host.to_authority()),
@@ -161,5 +161,7 @@ fn connector(ca_file: Option<&Path>) -> Result<TlsConnector, ProxyError> {
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // Tickets would tie one execution to another at the origin.
+    config.resumption = rustls::client::Resumption::disabled();
     Ok(TlsConnector::from(Arc::new(config)))
 }

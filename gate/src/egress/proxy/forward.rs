@@ -77,8 +77,7 @@ pub async fn exchange<U: Upstream>(connection: &Connection, mut client: Client, 
             if sent {
                 up_source.into_stream().unsplit(up_sink).finish();
             }
-            client.close().await;
-            End::Closed
+            client.close(connection, End::Closed).await
         }
         Err(Failure::Client) => End::ClientFailed,
         Err(_) if connection.counts.is_over_budget() => End::ByteLimit,

@@ -259,6 +259,11 @@ impl Connection {
     pub fn ended(&self, end: End) {
         lock(&self.record).end = end;
     }
+
+    /// Whether its end is known already; a record starts as open.
+    pub fn has_ended(&self) -> bool {
+        lock(&self.record).end != End::OpenAtClose
+    }
 }
 
 impl Drop for Connection {

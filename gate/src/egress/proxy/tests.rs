@@ -25,6 +25,7 @@ mod forward;
 mod https;
 mod limits;
 mod whose;
+mod worker;
 
 const LEAF: LeafId = LeafId(7);
 
@@ -125,6 +126,8 @@ impl Bench {
 
 fn authority() -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
+    // Otherwise issuer and subject of a leaf are one name, and OpenSSL takes it for self-signed.
+    params.distinguished_name.push(rcgen::DnType::CommonName, "authority of the test");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
@@ -240,19 +243,7 @@ impl Origin {
     }
 
     async fn tls_with(params: CertificateParams, issuer: &CertifiedIssuer<'static, KeyPair>, answer: &str) -> Self {
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, issuer).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![CertificateDer::from(certificate)],
-                PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
-            )
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = acceptor(params, issuer);
         let answer = answer.as_bytes().to_vec();
         Self::doing(move |stream, seen| {
             let (acceptor, answer) = (acceptor.clone(), answer.clone());
@@ -272,6 +263,22 @@ impl Origin {
     fn seen(&self) -> Vec<String> {
         self.seen.lock().unwrap().clone()
     }
+}
+
+fn acceptor(params: CertificateParams, issuer: &CertifiedIssuer<'static, KeyPair>) -> TlsAcceptor {
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, issuer).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![CertificateDer::from(certificate)],
+            PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
+        )
+        .unwrap();
+    TlsAcceptor::from(Arc::new(config))
 }
 
 async fn answer_one(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), seen: &Mutex<Vec<String>>, answer: &[u8]) {

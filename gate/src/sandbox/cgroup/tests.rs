@@ -22,15 +22,22 @@ fn finds_the_hierarchy_pure_hybrid_and_seen_from_a_container() {
         (PURE, "3:pids:/only/v1\n", None),
     ];
     for (mountinfo, cgroup, expected) in cases {
-        assert_eq!(locate(mountinfo, cgroup), expected.map(PathBuf::from), "{cgroup}");
+        assert_eq!(locate(mountinfo, cgroup), expected.map(PathBuf::from).into_iter().collect::<Vec<_>>(), "{cgroup}");
     }
 }
 
 #[test]
+fn every_mount_is_a_candidate_since_one_may_hide_another() {
+    let both = format!("{HYBRID}{PURE}");
+    let expected = ["/sys/fs/cgroup/unified/a", "/sys/fs/cgroup/a"].map(PathBuf::from);
+    assert_eq!(locate(&both, "0::/a\n"), expected);
+}
+
+#[test]
 fn a_restarted_gate_does_not_nest_in_its_own_cgroup() {
-    assert_eq!(locate(PURE, "0::/a/latchgate/default/gate\n"), Some("/sys/fs/cgroup/a".into()));
-    assert_eq!(locate(PURE, "0::/latchgate/default/gate\n"), Some("/sys/fs/cgroup".into()));
-    assert_eq!(locate(PURE, "0::/a/gate\n"), Some("/sys/fs/cgroup/a/gate".into()));
+    assert_eq!(locate(PURE, "0::/a/latchgate/default/gate\n"), [PathBuf::from("/sys/fs/cgroup/a")]);
+    assert_eq!(locate(PURE, "0::/latchgate/default/gate\n"), [PathBuf::from("/sys/fs/cgroup")]);
+    assert_eq!(locate(PURE, "0::/a/gate\n"), [PathBuf::from("/sys/fs/cgroup/a/gate")]);
 }
 
 #[test]

@@ -13,6 +13,8 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use super::super::protocol::{Entry, Spec, Stage};
 use super::init::{Failure, at};
 
+/// Not 0: a core that is piped to a handler outside is made in spite of 0, and is not for 1 (core(5), `fs/coredump.c`).
+const CORE_BYTES: u64 = 1;
 /// Open files of one process.
 const OPEN_FILES: u64 = 1024;
 /// Bytes of POSIX message queues, which the memory limits of a process do not count: none.
@@ -40,7 +42,7 @@ pub fn shared_limits(spec: &Spec) -> Result<(), Failure> {
     let processes = u64::from(spec.processes).saturating_add(1);
     for (resource, limit) in [
         (Resource::Nproc, processes),
-        (Resource::Core, 0),
+        (Resource::Core, CORE_BYTES),
         (Resource::Nofile, OPEN_FILES),
         (Resource::Msgqueue, QUEUE_BYTES),
         (Resource::Memlock, LOCKED_BYTES),
@@ -105,7 +107,7 @@ pub fn no_new_privileges() -> Result<(), Failure> {
 /// Unix socket and no process outside can be reached. Where the kernel has less of Landlock, less; the mounts, the
 /// namespaces and seccomp hold without it.
 pub fn landlock(spec: &Spec) -> Result<(), Failure> {
-    let abi = ABI::V6;
+    let abi = ABI::V9;
     let run = || -> Result<(), Box<dyn std::error::Error>> {
         let mut ruleset = Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)

@@ -118,7 +118,8 @@ pub fn main() -> ExitCode {
     if written { ExitCode::from(code) } else { ExitCode::FAILURE }
 }
 
-fn answer(input: &[u8]) -> (Value, u8) {
+/// The answer to one job, and the exit code that goes with it.
+pub(crate) fn answer(input: &[u8]) -> (Value, u8) {
     let outcome = serde_json::from_slice(input)
         .map_err(|error| Failure::InvalidJob(error.to_string()))
         .and_then(|job: Job| perform(&job));

@@ -160,6 +160,11 @@ impl Command {
     /// Executes, or says with which errno it could not.
     fn become_program(&self, spec: &Spec, tell: &OwnedFd) -> i32 {
         let errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL);
+        let pointers = |strings: &[CString]| -> Vec<_> {
+            strings.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>()
+        };
+        // Before the limits: under a small one this image, larger than the program may be, could not allocate.
+        let (argv, envp) = (pointers(&self.argv), pointers(&self.envp));
         confine::fresh_signals();
         if let Err(error) = confine::program_limits(spec, true) {
             return error.raw_os_error().unwrap_or(libc::EINVAL);
@@ -172,10 +177,6 @@ impl Command {
             return errno();
         }
         debug_assert!(tell.as_raw_fd() > 2);
-        let pointers = |strings: &[CString]| -> Vec<_> {
-            strings.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect::<Vec<_>>()
-        };
-        let (argv, envp) = (pointers(&self.argv), pointers(&self.envp));
         let mut last = libc::ENOENT;
         for candidate in &self.candidates {
             // SAFETY: both arrays end with a null pointer and their strings outlive the call.

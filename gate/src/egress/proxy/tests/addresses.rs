@@ -2,11 +2,12 @@ use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
 
 use super::*;
+use crate::egress::proxy::request::Target;
 use crate::egress::resolver::tests::{DnsServer, Reply, a, aaaa};
 
+/// Asks for the decision alone: nothing here is dialled, whether or not the check holds.
 #[tokio::test]
 async fn a_name_with_an_address_that_is_not_public_is_refused_whatever_else_it_has() {
-    // The public ones are documentation-like stand-ins that are never dialled: each name has a bad one beside.
     let names = [
         ("private.test", vec!["10.1.2.3"], "private"),
         ("metadata.test", vec!["169.254.169.254"], "link_local"),
@@ -22,28 +23,53 @@ async fn a_name_with_an_address_that_is_not_public_is_refused_whatever_else_it_h
         ("zero.test", vec!["0.0.0.0"], "this_network"),
         ("multicast.test", vec!["224.0.0.1"], "multicast"),
     ];
-    let table = names.clone();
-    let bench = Bench::new(move |config| {
-        config.hosts = table
-            .into_iter()
-            .map(|(name, addresses, _)| (name.to_owned(), addresses.iter().map(|a| a.parse().unwrap()).collect()))
-            .collect();
+    let public = ("public.test", vec!["8.8.8.8", "2606:4700::1111", "::ffff:8.8.4.4", "127.0.0.1"]);
+    let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>();
+    let mut hosts: BTreeMap<_, _> = names.iter().map(|(name, ips, _)| ((*name).to_owned(), parse(ips))).collect();
+    hosts.insert(public.0.to_owned(), parse(&public.1));
+    let resolver = Resolver::new(ResolverConfig { hosts: hosts.clone(), ..ResolverConfig::default() });
+    let allow = AllowAddresses::parse(&["127.0.0.1"]).unwrap();
+    let dialer = Dialer::new(resolver, allow, None, Duration::from_secs(1)).unwrap();
+    let entries = hosts.keys().map(|name| Entry::new(Pattern::parse(name).unwrap(), [443]));
+    let profile = Profile::allowlist(entries);
+    let target = |name: &str| Target { host: Host::parse(name).unwrap(), port: 443, protocol: Protocol::Https };
+    for (name, _, class) in names {
+        let Err(reply::Reply::Denied { reason, detail, message }) = dialer.authorise(&profile, &target(name)).await
+        else {
+            panic!("{name} would be dialled");
+        };
+        assert_eq!((reason.as_str(), detail), ("address_not_public", Some(class)), "{name}");
+        assert!(message.contains(class));
+    }
+    let addresses = dialer.authorise(&profile, &target(public.0)).await.unwrap();
+    let expected = ["8.8.8.8:443", "[2606:4700::1111]:443", "8.8.4.4:443", "127.0.0.1:443"];
+    assert_eq!(addresses, expected.map(|address| address.parse().unwrap()));
+    for literal in
+        ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "10.0.0.1", "0xa9fea9fe", "[fd00:ec2::254]"]
+    {
+        assert!(
+            matches!(dialer.authorise(&profile, &target(literal)).await, Err(reply::Reply::Denied { .. })),
+            "{literal}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_address_that_is_not_public_is_not_dialled() {
+    let origin = Origin::echoing().await;
+    let port = origin.port;
+    let bench = Bench::new(|config| {
+        let two = vec!["127.0.0.1".parse().unwrap(), "127.0.0.2".parse().unwrap()];
+        config.hosts = [("two.test".to_owned(), two)].into();
     })
     .await;
-    let profile: Vec<_> = names.iter().map(|(name, ..)| (*name, 443)).collect();
-    let session = bench.open(&profile);
-    for (name, _, class) in &names {
-        let (_, answer) = bench.connect(&format!("{name}:443")).await;
-        assert_eq!(answer.denied(), "address_not_public", "{name}");
-        assert!(answer.json()["message"].as_str().unwrap().contains(class), "{name}");
-        let answer = bench.ask(format!("GET https://{name}/ HTTP/1.1\r\nHost: {name}\r\n\r\n")).await;
-        assert_eq!(answer.denied(), "address_not_public", "{name}");
-    }
-    let records = session.close().await;
-    assert_eq!(records.len(), names.len() * 2);
-    for flow in records {
-        let class = names.iter().find(|(name, ..)| flow.name.as_deref() == Some(*name)).unwrap().2;
-        assert_eq!((flow.verdict, flow.rule), (Verdict::Deny, format!("address_not_public:{class}")));
+    let session = bench.open(&[("two.test", port)]);
+    assert_eq!(bench.connect(&format!("two.test:{port}")).await.1.denied(), "address_not_public");
+    let url = format!("GET https://two.test:{port}/ HTTP/1.1\r\nHost: two.test:{port}\r\n\r\n");
+    assert_eq!(bench.ask(url).await.denied(), "address_not_public");
+    assert_eq!(origin.connections(), 0);
+    for flow in session.close().await {
+        assert_eq!((flow.verdict, flow.rule.as_str()), (Verdict::Deny, "address_not_public:loopback"));
         assert_eq!((flow.address, flow.bytes_to_upstream), (None, 0));
     }
 }
@@ -65,7 +91,7 @@ async fn the_address_that_was_checked_is_the_one_that_is_dialled() {
     // Rebinding: an address that may be dialled for the first question, one that may not for every later one.
     let dns = DnsServer::start(|name, kind, before| match (kind, before) {
         (RecordType::A, 0) => Reply::Records(vec![a(name, "127.0.0.1")]),
-        (RecordType::A, _) => Reply::Records(vec![a(name, "169.254.169.254")]),
+        (RecordType::A, _) => Reply::Records(vec![a(name, "127.0.0.2")]),
         _ => Reply::Records(vec![]),
     })
     .await;
@@ -100,10 +126,10 @@ async fn a_name_outside_the_profile_is_never_asked_of_dns() {
 async fn one_bad_answer_of_dns_refuses_all_and_a_failure_is_not_a_refusal() {
     let dns = DnsServer::start(|name, kind, _| match (name, kind) {
         ("mixed.test", RecordType::A) => {
-            Reply::Records(vec![a(name, "127.0.0.1"), a(name, "8.8.8.8"), a(name, "10.0.0.1")])
+            Reply::Records(vec![a(name, "127.0.0.1"), a(name, "127.0.0.1"), a(name, "127.0.0.2")])
         }
         ("mixed6.test", RecordType::A) => Reply::Records(vec![a(name, "127.0.0.1")]),
-        ("mixed6.test", RecordType::AAAA) => Reply::Records(vec![aaaa(name, "fe80::1")]),
+        ("mixed6.test", RecordType::AAAA) => Reply::Records(vec![aaaa(name, "::1")]),
         ("gone.test", _) => Reply::Code(ResponseCode::NXDomain),
         ("broken.test", _) => Reply::Code(ResponseCode::ServFail),
         _ => Reply::Records(vec![]),

@@ -66,6 +66,7 @@ async fn only_the_names_and_ports_of_the_profile_are_reached() {
     );
 }
 
+/// Only spellings of this machine's own loopback: a build without the check would reach nothing else.
 #[tokio::test]
 async fn an_address_is_refused_in_every_spelling() {
     let bench = Bench::plain().await;
@@ -83,11 +84,8 @@ async fn an_address_is_refused_in_every_spelling() {
         "0177.1",
         "[::ffff:127.0.0.1]",
         "[::ffff:7f00:1]",
-        "[::127.0.0.1]",
         "[::1]",
         "[0:0:0:0:0:0:0:1]",
-        "[64:ff9b::7f00:1]",
-        "[2002:7f00:1::]",
         "%31%32%37.0.0.1",
         "0",
         "0.0.0.0",

@@ -60,7 +60,13 @@ async fn an_origin_that_is_not_who_was_asked_for_gets_no_request() {
         assert!(origin.seen().is_empty());
         assert_eq!(session.close().await[0].error.as_deref(), Some("tls_certificate"));
     }
-    let plain = Origin::answering(OK).await;
+    let plain = Origin::doing(|mut stream, seen| async move {
+        let _ = stream.write_all(OK.as_bytes()).await;
+        let mut request = vec![0; 4096];
+        let read = stream.read(&mut request).await.unwrap_or(0);
+        seen.lock().unwrap().push(String::from_utf8_lossy(&request[..read]).into_owned());
+    })
+    .await;
     let session = bench.open(&[("origin.test", plain.port)]);
     let answer = bench.ask(get("origin.test", plain.port)).await;
     assert_eq!((answer.status, answer.json()["reason"].as_str()), (502, Some("tls_failed")));
@@ -71,42 +77,28 @@ async fn an_origin_that_is_not_who_was_asked_for_gets_no_request() {
 #[tokio::test]
 async fn an_end_without_close_notify_is_not_taken_for_the_end_of_a_body() {
     let bench = Bench::plain().await;
-    // A body that ends with the connection, cut by somebody on the way: TCP ends, TLS does not.
-    let inner = Origin::tls("origin.test", &bench.ca, "HTTP/1.1 200 OK\r\n\r\nworld").await;
-    let relay_port = inner.port;
-    let cut = Origin::doing(move |mut near, _| async move {
-        let mut far = TcpStream::connect(("127.0.0.1", relay_port)).await.unwrap();
-        let (mut near_read, mut near_write) = near.split();
-        let (mut far_read, mut far_write) = far.split();
-        let out = async {
-            let _ = tokio::io::copy(&mut near_read, &mut far_write).await;
-        };
-        let back = async {
-            let mut held = Vec::new();
-            let mut piece = vec![0; 4096];
-            while let Ok(read) = far_read.read(&mut piece).await {
-                if read == 0 {
-                    break;
-                }
-                held.extend_from_slice(&piece[..read]);
-                // The alert is the last 24 bytes of TLS 1.3; they stay here.
-                if held.len() > 24 {
-                    let pass = held.len() - 24;
-                    near_write.write_all(&held[..pass]).await.unwrap();
-                    held.drain(..pass);
-                }
-            }
-            near_write.shutdown().await.unwrap();
-        };
-        tokio::select! { () = out => {}, () = back => {} }
+    // Bodies that end with the connection: of the second TLS is not ended, as when somebody on the way ended TCP.
+    let params = CertificateParams::new(vec!["origin.test".to_owned()]).unwrap();
+    let acceptor = acceptor(params, &bench.ca);
+    let cut = Origin::doing(move |stream, _| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut stream = acceptor.accept(stream).await.unwrap();
+            read_head(&mut stream).await;
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nworld").await.unwrap();
+            stream.flush().await.unwrap();
+            stream.into_inner().0.shutdown().await.unwrap();
+        }
     })
     .await;
-    let session = bench.open(&[("origin.test", inner.port), ("origin.test", cut.port)]);
-    let whole = bench.ask(get("origin.test", inner.port)).await;
-    assert_eq!(whole.text(), "5\r\nworld\r\n0\r\n\r\n");
-    let part = bench.ask(get("origin.test", cut.port)).await;
-    assert!(!part.body.ends_with(b"0\r\n\r\n"), "{part:?}");
+    let whole = Origin::tls("origin.test", &bench.ca, "HTTP/1.1 200 OK\r\n\r\nworld").await;
+    let session = bench.open(&[("origin.test", whole.port), ("origin.test", cut.port)]);
+    assert_eq!(bench.ask(get("origin.test", whole.port)).await.text(), "5\r\nworld\r\n0\r\n\r\n");
+    let mut stream = bench.dial().await;
+    stream.write_all(get("origin.test", cut.port).as_bytes()).await.unwrap();
+    let mut bytes = Vec::new();
+    assert!(stream.read_to_end(&mut bytes).await.is_err());
+    assert!(!bytes.ends_with(b"0\r\n\r\n"));
     let ends: Vec<_> = session.close().await.iter().map(|flow| flow.end).collect();
-    assert_eq!(ends[0], End::Closed);
-    assert_ne!(ends[1], End::Closed);
+    assert_eq!(ends, [End::Closed, End::UpstreamFailed]);
 }

@@ -42,7 +42,7 @@ async fn executions_beside_each_other_have_their_own_profiles_and_records() {
     let bench = Arc::new(Bench::plain().await);
     let (one, two) = (Origin::echoing().await, Origin::echoing().await);
     let leaves: Vec<LeafId> = (100..108).map(LeafId).collect();
-    let port_of = |leaf: LeafId| if leaf.0 % 2 == 0 { one.port } else { two.port };
+    let port_of = |leaf: LeafId| if leaf.0.is_multiple_of(2) { one.port } else { two.port };
     let sessions: Vec<_> =
         leaves.iter().map(|&leaf| bench.open_leaf(leaf, &[("origin.test", port_of(leaf))])).collect();
     let mut tasks = Vec::new();
@@ -122,10 +122,14 @@ async fn a_session_that_is_dropped_is_closed_too() {
 async fn what_the_kernel_accepted_before_the_end_is_noted() {
     let bench = Bench::plain().await;
     let session = bench.open(&[]);
-    // On this one thread the proxy cannot have run between these and the end.
-    let clients: Vec<_> = (0..20).map(|_| blocking_dial(bench.proxy.addresses().v4)).collect();
+    // On this one thread the proxy cannot have run between these and the end; the second half come to a listener that
+    // it never polls.
+    let unpolled = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (polled, local) = (bench.proxy.addresses().v4.into(), unpolled.local_addr().unwrap());
+    let clients: Vec<_> = (0..20).map(|n| blocking_dial(if n < 10 { polled } else { local })).collect();
     let mut ports: Vec<_> = clients.iter().map(|stream| stream.local_addr().unwrap().port()).collect();
     drop(clients);
+    sweep(&bench.proxy.shared, &unpolled);
     let records = session.close().await;
     let mut noted: Vec<_> = records.iter().map(|flow| flow.client.unwrap().port()).collect();
     ports.sort_unstable();
@@ -134,7 +138,7 @@ async fn what_the_kernel_accepted_before_the_end_is_noted() {
 }
 
 #[allow(clippy::disallowed_methods, reason = "it must not give the runtime a turn")]
-fn blocking_dial(address: SocketAddrV4) -> std::net::TcpStream {
+fn blocking_dial(address: SocketAddr) -> std::net::TcpStream {
     std::net::TcpStream::connect(address).unwrap()
 }
 
