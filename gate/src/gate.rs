@@ -210,12 +210,12 @@ impl Gate {
     }
 
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        self.draining.load(Ordering::SeqCst)
     }
 
     /// From now on nothing new is begun.
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.store(true, Ordering::SeqCst);
     }
 
     /// Whether calls can be held to what is decided, asked of the kernel at this moment.
@@ -235,14 +235,17 @@ impl Gate {
         }
     }
 
-    /// Counts a call as running until the guard goes.
-    pub fn enter(self: &Arc<Self>) -> Running {
-        self.running.fetch_add(1, Ordering::AcqRel);
-        Running(Arc::clone(self))
+    /// Counts a call as running until the guard goes; `None` when as many run or wait as may. A call outlives its
+    /// connection, so that no limit of connections bounds them.
+    pub fn enter(self: &Arc<Self>) -> Option<Running> {
+        let most = self.config.sandbox.max_concurrent.saturating_add(self.config.sandbox.max_waiting);
+        let entered = |running: usize| (running < most).then(|| running + 1);
+        self.running.fetch_update(Ordering::SeqCst, Ordering::SeqCst, entered).ok()?;
+        Some(Running(Arc::clone(self)))
     }
 
     pub fn running(&self) -> usize {
-        self.running.load(Ordering::Acquire)
+        self.running.load(Ordering::SeqCst)
     }
 
     /// Ends every execution that runs.

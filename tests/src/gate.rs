@@ -54,6 +54,12 @@ impl Setup {
         self
     }
 
+    /// Puts keys before every table of the configuration.
+    pub fn first(mut self, text: &str) -> Self {
+        self.config.insert_str(0, &text.replace("{dir}", &self.directory.display().to_string()));
+        self
+    }
+
     /// Adds a manifest. The first one turns the built-in ones off.
     pub fn manifest(mut self, id: &str, yaml: &str) -> Self {
         if !self.config.contains("[definitions]") {

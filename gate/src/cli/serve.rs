@@ -1,5 +1,6 @@
 //! `latchgate serve`, and what `latchgate up` shares with it.
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -60,33 +61,25 @@ async fn serve(config: Config) -> Result<(), Failure> {
         max_connections: gate.config.limits.max_connections,
         header_timeout: Duration::from_secs(gate.config.limits.header_timeout_seconds),
     };
+    // Heard from before anybody can call, so that no signal ends the gate without a drain.
+    let told_to_stop = told_to_stop()?;
+    let sockets = Sockets::bind(&gate).await?;
     let mut servers = tokio::task::JoinSet::new();
-    for listener in &gate.config.listeners {
-        let bound = match (&listener.path, listener.address) {
-            (Some(path), _) => {
-                let mode = listener.mode.as_deref().and_then(|mode| u32::from_str_radix(mode, 8).ok()).unwrap_or(0o600);
-                listen::unix(path, mode, listener.group).map_err(Failure::new)?
-            }
-            (None, Some(address)) => listen::tcp(address).await.map_err(Failure::new)?,
-            (None, None) => continue,
-        };
-        let identity = Arc::new(listen::identity(&gate.config, listener, &bound));
+    for (bound, identity) in sockets.agents {
         tracing::info!(listener = identity.name, at = %describe(&bound), principal = identity.identity.principal, "listening");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |peer, request| {
             server::agent::handle(Arc::clone(&gate), Arc::clone(&identity), peer, request)
         }));
     }
-    if let Some(path) = &gate.config.operators.socket {
-        let bound = listen::unix(path, 0o600, None).map_err(Failure::new)?;
+    if let Some(bound) = sockets.operators {
         tracing::info!(at = %describe(&bound), "operators");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |_, request| {
             server::operator::handle(Arc::clone(&gate), request)
         }));
     }
-    if let Some(address) = gate.config.metrics.listen {
-        let bound = listen::tcp(address).await.map_err(Failure::new)?;
+    if let Some(bound) = sockets.metrics {
         tracing::info!(at = %describe(&bound), "metrics");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |_, request| {
@@ -95,7 +88,7 @@ async fn serve(config: Config) -> Result<(), Failure> {
         }));
     }
     tracing::info!(took_ms = began.elapsed().as_millis() as u64, "ready");
-    told_to_stop().await?;
+    told_to_stop.await;
     gate.drain();
     tracing::info!(running = gate.running(), "draining");
     // The sockets stay while something runs: who calls now is told so, and does not find nobody there.
@@ -112,6 +105,42 @@ async fn serve(config: Config) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Every socket, bound before any is served: binding sets the umask of the whole process for a moment, and a gate that
+/// cannot have one of its sockets serves none.
+struct Sockets {
+    agents: Vec<(listen::Bound, Arc<listen::ListenerIdentity>)>,
+    operators: Option<listen::Bound>,
+    metrics: Option<listen::Bound>,
+}
+
+impl Sockets {
+    async fn bind(gate: &Gate) -> Result<Self, Failure> {
+        let config = &gate.config;
+        let mut agents = Vec::new();
+        for listener in &config.listeners {
+            let bound = match (&listener.path, listener.address) {
+                (Some(path), _) => {
+                    let bits = listener.mode.as_deref().and_then(|mode| u32::from_str_radix(mode, 8).ok());
+                    listen::unix(path, bits.unwrap_or(0o600), listener.group).map_err(Failure::new)?
+                }
+                (None, Some(address)) => listen::tcp(address).await.map_err(Failure::new)?,
+                (None, None) => continue,
+            };
+            let identity = Arc::new(listen::identity(config, listener, &bound));
+            agents.push((bound, identity));
+        }
+        let operators = match &config.operators.socket {
+            Some(path) => Some(listen::unix(path, 0o600, None).map_err(Failure::new)?),
+            None => None,
+        };
+        let metrics = match config.metrics.listen {
+            Some(address) => Some(listen::tcp(address).await.map_err(Failure::new)?),
+            None => None,
+        };
+        Ok(Self { agents, operators, metrics })
+    }
+}
+
 fn describe(bound: &listen::Bound) -> String {
     match bound {
         listen::Bound::Unix(_, path) => path.display().to_string(),
@@ -121,13 +150,15 @@ fn describe(bound: &listen::Bound) -> String {
     }
 }
 
-async fn told_to_stop() -> Result<(), Failure> {
+/// Listens for the signals from now on; what it gives is ready when one has come.
+fn told_to_stop() -> Result<impl Future<Output = ()>, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Method, Request, StatusCode, header};
 use serde_json::{Value, json};
+use tokio::task::block_in_place;
 
 use super::listen::{ListenerIdentity, Peer};
 use super::{Answer, body, error};
@@ -147,11 +148,10 @@ async fn route(
             Ok(super::json(StatusCode::OK, &result(&executed, id)))
         }
         Route::Receipt(id) => {
-            let caller = authenticate::authenticate(gate, &presented()).map_err(refuse)?;
-            receipt(gate, &caller, id).map_err(refuse)
+            block_in_place(|| receipt(gate, &authenticate::authenticate(gate, &presented())?, id)).map_err(refuse)
         }
         Route::ApprovalPoll(_) => {
-            authenticate::authenticate(gate, &presented()).map_err(refuse)?;
+            block_in_place(|| authenticate::authenticate(gate, &presented())).map_err(refuse)?;
             // Nothing is ever held yet, so no approval has any id.
             Err(refuse(Refusal::NotFound))
         }
