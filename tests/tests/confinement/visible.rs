@@ -28,7 +28,7 @@ for pid in filter(str.isdigit, os.listdir('/proc')):
         except OSError:
             pass
 mounts = [line.split(' ')[3:5] for line in open('/proc/self/mountinfo')]
-print(json.dumps({'there': there, 'found': found, 'mounts': mounts, 'pids': sum(map(str.isdigit, os.listdir('/proc')))}))
+print(json.dumps({'environment': sorted(os.environ), 'there': there, 'found': found, 'mounts': mounts, 'pids': sum(map(str.isdigit, os.listdir('/proc')))}))
 ";
 
 #[test]
@@ -54,6 +54,29 @@ fn nothing_of_the_gate_is_visible() {
         assert!(!place.starts_with("/sys") && !place.starts_with("/run") && !place.starts_with("/old"), "{mount}");
     }
     assert_eq!(seen["pids"], 2, "the reaper and itself");
+    // Python sets LC_CTYPE, the shell PWD and its like, by themselves; the gate's own environment has more than its log level.
+    let known = [
+        "ALL_PROXY",
+        "HOME",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "LANG",
+        "LC_CTYPE",
+        "OLDPWD",
+        "PATH",
+        "PWD",
+        "SHLVL",
+        "TMPDIR",
+        "_",
+        "all_proxy",
+        "http_proxy",
+        "https_proxy",
+    ];
+    for name in seen["environment"].as_array().unwrap() {
+        assert!(known.contains(&name.as_str().unwrap()), "{name}");
+    }
+    let own = std::fs::read_to_string(format!("/proc/{}/environ", gate.pid())).unwrap();
+    assert!(own.contains("LATCHGATE_LOG="));
     // The same look from outside sees them all.
     params["roots"] = json!([directory]);
     let seen = outside(LOOK, &params);

@@ -1,7 +1,7 @@
 //! Every way out that we know, from a process that forks, makes itself a daemon, and runs other programs.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use latchgate_tests::agent::Agent;
 use latchgate_tests::gate::Setup;
@@ -101,7 +101,7 @@ if os.fork() == 0:
     os.setsid()
     if os.fork():
         os._exit(0)
-    for descriptor in (0, 1, 2):
+    for descriptor in p['closes']:
         os.close(descriptor)
     os.write(writer, b'up')
     until = time.time() + 30
@@ -127,11 +127,16 @@ fn a_daemon_does_not_outlive_its_action() {
     let listener = Counting::tcp("127.0.0.1:0");
     let gate = Setup::new("daemon").command("none", &python(), NOTHING).start();
     let agent = Agent::connect(&gate.agent());
-    let params = json!({"target": listener.target()});
-    let (said, _) = inside(&agent, "none", LEAVES_A_DAEMON, &params);
-    assert_eq!(said, "left");
-    // Its answer comes when nothing of it runs any more.
-    assert_eq!(leaves(&gate), Vec::<std::path::PathBuf>::new());
+    let params = json!({"target": listener.target(), "closes": [0, 1, 2]});
+    // With its pipes in hand it does not hold the answer back either.
+    for params in [&params, &json!({"target": listener.target(), "closes": []})] {
+        let began = Instant::now();
+        let (said, _) = inside(&agent, "none", LEAVES_A_DAEMON, params);
+        assert_eq!(said, "left");
+        assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+        // Its answer comes when nothing of it runs any more.
+        assert_eq!(leaves(&gate), Vec::<std::path::PathBuf>::new());
+    }
     assert_eq!(outside(LEAVES_A_DAEMON, &params), "left");
     wait("the daemon outside", Duration::from_secs(20), || (listener.reached() > 0).then_some(()));
     assert_eq!(listener.reached(), 1, "it was the one outside");
