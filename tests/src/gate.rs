@@ -242,5 +242,6 @@ impl Drop for Gate {
             eprintln!("--- the gate's log\n{}", self.log_text());
         }
         let _ = fs::remove_dir_all(&self.setup.directory);
+        crate::inside::clear(&self.setup.name);
     }
 }

@@ -76,9 +76,14 @@ pub fn bpffs(config: &KernelConfig) -> Result<PathBuf, KernelError> {
     let refused = |source| KernelError::NoBpffs { path: config.bpffs.clone(), source };
     let is_bpffs = |path: &Path| -> io::Result<bool> { Ok(magic(fs::File::open(path)?)? == BPF_FS_MAGIC) };
     if !is_bpffs(&config.bpffs).map_err(refused)? {
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount("bpf", &config.bpffs, "bpf", flags, Some(c"mode=0700"))
-            .map_err(|error| refused(error.into()))?;
+        // One gate at a time: a second mount would cover the first, and the pins that another gate has made there.
+        let bare = fs::File::open(&config.bpffs).map_err(refused)?;
+        rustix::fs::flock(&bare, FlockOperation::LockExclusive).map_err(|error| refused(error.into()))?;
+        if !is_bpffs(&config.bpffs).map_err(refused)? {
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            rustix::mount::mount("bpf", &config.bpffs, "bpf", flags, Some(c"mode=0700"))
+                .map_err(|error| refused(error.into()))?;
+        }
     }
     Ok(config.bpffs.join("latchgate").join(&config.instance))
 }
