@@ -49,7 +49,9 @@ async def whole_round(client, url, principal):
         assert (receipt.receipt_id, receipt.grant_id) == (result.receipt_id, result.grant_id)
         assert receipt.provider_module_digest.startswith("sha256:") and len(receipt.result_hash) == 64
         assert receipt.failure_class is None
-        started, finished = (datetime.fromisoformat(at.replace("Z", "+00:00")) for at in (receipt.started_at, receipt.finished_at))
+        started, finished = (
+            datetime.fromisoformat(at.replace("Z", "+00:00")) for at in (receipt.started_at, receipt.finished_at)
+        )
         assert timedelta(0) <= finished - started < timedelta(minutes=1)
 
         # The second call is made under the same lease.
@@ -84,7 +86,10 @@ async def transports(at):
     await whole_round(LatchGateClient(**agent), url, "over-tcp")
     # One principal's receipt is as absent for another as one that never was.
     del os.environ["LATCHGATE_URL"]
-    async with LatchGateClient(base_url=at["tcp"], **agent) as tcp, LatchGateClient(socket=at["socket"], **agent) as uds:
+    async with (
+        LatchGateClient(base_url=at["tcp"], **agent) as tcp,
+        LatchGateClient(socket=at["socket"], **agent) as uds,
+    ):
         result = await uds.execute("echo", {"word": "mine"})
         assert result.output == {"word": "mine"}
         assert (await uds.get_receipt(result.receipt_id)).is_fully_successful

@@ -1,5 +1,8 @@
 # The gate's proxy, asked by hand. Ends with whatever follows in the test.
-import http.client, json, os, socket, sys, time
+import http.client
+import json
+import os
+import socket
 
 PROXY = int(os.environ.get("http_proxy", ":0").rsplit(":", 1)[1])
 
@@ -27,5 +30,3 @@ def get(authority, path, more=""):
 
 def connect(authority):
     return raw(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n")
-
-

@@ -1,6 +1,12 @@
 # Every way out that is tried: p has the targets, and each attempt is made by a process of its own. Prints what each came
 # to: "ok", or the name of the errno.
-import ctypes, errno, json, os, socket, struct, subprocess, sys
+import ctypes
+import errno
+import json
+import os
+import socket
+import struct
+import subprocess
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -129,7 +135,9 @@ ways = {
     "curl": lambda: says("curl", "--noproxy", "*", "-sSv", "-m", "5", "http://%s:%d/" % tuple(v4)),
     "perl": lambda: says("perl", "-e", perl % (v4[1], v4[0])),
     "python": lambda: says("/usr/bin/python3", "-c", child % tuple(v4)),
-    "shell": lambda: says("sh", "-c", "sh -c 'exec curl --noproxy \"*\" -sSv -m 5 http://%s:%d/ & wait $!'" % tuple(v4)),
+    "shell": lambda: says(
+        "sh", "-c", "sh -c 'exec curl --noproxy \"*\" -sSv -m 5 http://%s:%d/ & wait $!'" % tuple(v4)
+    ),
     "proxy v4": lambda: tcp(socket.AF_INET, ["127.0.0.1", p["proxy"]]),
     "proxy v6": lambda: tcp(socket.AF_INET6, ["::1", p["proxy"]]),
     "proxy v4-mapped": lambda: tcp(socket.AF_INET6, ["::ffff:127.0.0.1", p["proxy"]]),
