@@ -152,7 +152,9 @@ impl Runner {
     pub async fn can_isolate(&self, leaf: &Leaf) -> Result<(), SandboxError> {
         let uid = Uid::take(&self.0)?;
         let ports = Ports::of(super::Network::Isolated { tcp_port: 1, udp_base: Some(1), udp_slots: 1 })?;
-        let child = spawn(&self.0, leaf, Vec::new(), uid.id, ports).await?;
+        // Its end of these tells the child that the gate is there.
+        let (_ours, descriptors) = pipes().map_err(|e| SandboxError::Io("pipes", e))?;
+        let child = spawn(&self.0, leaf, descriptors, uid.id, ports).await?;
         child.kill();
         spawner::collect(&child);
         Ok(())

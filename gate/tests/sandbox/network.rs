@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 
 use latchgate::egress::Attribution;
 use latchgate::egress::kernel::{Enforcer, KernelConfig, KernelProfile, ProxyAddresses};
@@ -111,8 +112,8 @@ async fn nothing_of_the_host_s_network_is_there() {
     let inside = run_isolated(
         shell(
             "readlink /proc/self/ns/net; tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' '; echo routes; \
-             tail -n +2 /proc/net/route; echo v6; cut -c1-32,44- /proc/net/if_inet6; echo unix; tail -n +2 /proc/net/unix; \
-             cat /proc/net/packet /proc/net/raw | grep -v Local | tail -n +2",
+             tail -n +2 /proc/net/route; echo v6; cut -d' ' -f1,3- /proc/net/if_inet6; echo unix; tail -n +2 /proc/net/unix; \
+             tail -qn +2 /proc/net/packet /proc/net/raw",
         ),
         |_| (),
     )
@@ -147,54 +148,51 @@ async fn executions_do_not_reach_each_other_s_listeners() {
 #[tokio::test]
 async fn nothing_runs_before_the_listeners_are_taken() {
     let one = make_runner(1);
-    let leaf = tree().leaf().unwrap();
-    let alone = |leaf: &Leaf| {
-        let procs = std::fs::read_to_string(leaf.path().join("cgroup.procs")).unwrap();
-        let (first, rest) = procs.trim().split_once('\n').unwrap_or((procs.trim(), ""));
-        // Not even the second image of the gate: it waits for its uid.
-        let own = std::fs::metadata("/proc/self/exe").unwrap();
-        let its = std::fs::metadata(format!("/proc/{first}/exe")).unwrap();
-        use std::os::unix::fs::MetadataExt;
-        assert!(rest.is_empty() && (own.dev(), own.ino()) == (its.dev(), its.ino()), "{procs}");
-    };
+    // A fresh leaf each time: the kernel kills what is cloned into a cgroup that has been killed before.
+    let leaf = || tree().leaf().unwrap();
     let touch = || isolated(shell("date +%s%N"));
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
     let mut went = 0;
+    let first = leaf();
     let take = async |listeners: NamespaceListeners| -> Result<(), String> {
         tokio::time::sleep(Duration::from_millis(300)).await;
-        alone(&leaf);
+        // One process, and not even the second image of the gate: it waits for its uid.
+        let procs = std::fs::read_to_string(first.path().join("cgroup.procs")).unwrap();
+        let image = |pid: &str| std::fs::metadata(format!("/proc/{pid}/exe")).map(|found| found.ino()).unwrap();
+        assert_eq!(procs.lines().map(image).collect::<Vec<_>>(), [image("self")]);
         drop(listeners);
         went = now();
         Ok(())
     };
-    let done = one.run_with(&leaf, touch(), take, pending()).await.unwrap();
+    let done = one.run_with(&first, touch(), take, pending()).await.unwrap();
     let began: u128 = text(&done.stdout).trim().parse().unwrap();
     assert!(began > went && went > 0, "{began} {went}");
 
     // A refusal is an error, and nothing is left of it, as the only uid shows.
-    let refused = one.run_with(&leaf, touch(), async |_| Err("no room at the proxy"), pending()).await;
+    let refused = one.run_with(&leaf(), touch(), async |_| Err("no room at the proxy"), pending()).await;
     assert!(matches!(&refused, Err(SandboxError::NotTaken(why)) if why.to_string().contains("no room")), "{refused:?}");
-    let refused = one.run(&leaf, touch(), pending()).await;
+    let refused = one.run(&leaf(), touch(), pending()).await;
     assert!(matches!(refused, Err(SandboxError::NotTaken(_))), "{refused:?}");
     // Time and the caller end it while it waits.
     let forever = async |_listeners: NamespaceListeners| -> Result<(), String> { pending().await };
     let mut job = touch();
     job.limits.timeout = Duration::from_millis(200);
-    assert_eq!(one.run_with(&leaf, job, forever, pending()).await.unwrap().exit, Exit::TimedOut);
+    assert_eq!(one.run_with(&leaf(), job, forever, pending()).await.unwrap().exit, Exit::TimedOut);
     let cancel = tokio::time::sleep(Duration::from_millis(200));
-    assert_eq!(one.run_with(&leaf, touch(), forever, cancel).await.unwrap().exit, Exit::Cancelled);
-    let dropped = one.run_with(&leaf, touch(), forever, pending());
+    assert_eq!(one.run_with(&leaf(), touch(), forever, cancel).await.unwrap().exit, Exit::Cancelled);
+    let last = leaf();
+    let dropped = one.run_with(&last, touch(), forever, pending());
     assert!(tokio::time::timeout(Duration::from_millis(200), dropped).await.is_err());
     let ended = Instant::now();
     let done = loop {
-        match one.run_with(&leaf, touch(), async |_| Ok::<_, String>(()), pending()).await {
+        match one.run_with(&leaf(), touch(), async |_| Ok::<_, String>(()), pending()).await {
             Err(SandboxError::NoUid) => assert!(ended.elapsed() < Duration::from_secs(5)),
             again => break again.unwrap(),
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     };
     assert_eq!(done.exit, Exit::Code(0));
-    leaf.remove().unwrap();
+    assert_eq!(std::fs::read_to_string(last.path().join("cgroup.procs")).unwrap(), "");
 }
 
 #[tokio::test]
@@ -274,13 +272,14 @@ async fn helper_enforced() {
                 std::thread::spawn(move || {
                     let (mut connection, _): (TcpStream, _) = listener.accept().unwrap();
                     let _ = connection.write_all(b"served\n");
+                    connection.shutdown(std::net::Shutdown::Write).unwrap();
                     accepted.send(connection).unwrap();
                 });
             }
             Ok(())
         };
         let done = runner().run_with(&leaf, isolated(perl(&script)), take, pending()).await.unwrap();
-        assert_eq!(text(&done.stdout), "served\n\nserved\n\n1\n", "{}", text(&done.stderr));
+        assert_eq!(text(&done.stdout), "served\n\nserved\n\n1\n", "{done:?}");
         let connections: Vec<TcpStream> = at.try_iter().collect();
         assert_eq!(connections.len(), 2);
         for connection in connections {
@@ -322,8 +321,6 @@ async fn helper_descriptors() {
     let tree = CgroupTree::open(None, &std::env::var("LATCHGATE_TEST_INSTANCE").unwrap()).unwrap();
     let held = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let children = || {
-        let own = format!("/proc/self/task/{}/children", rustix::thread::gettid().as_raw_nonzero());
-        let _ = own;
         std::fs::read_dir("/proc/self/task")
             .unwrap()
             .flatten()
