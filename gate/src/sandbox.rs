@@ -10,6 +10,10 @@
 //! leaves and takes the rest. Time, output or the caller end first: `cgroup.kill`. In each case [`Runner::run`] comes
 //! back only when the leaf is empty; removing the leaf is the caller's, after the counters are read.
 //!
+//! The network is the gate's own namespace, or one that the execution has to itself ([`Network::Isolated`]): then there
+//! is nothing in it but lo and the gate's listeners, which [`Runner::run_with`] hands over before anything runs. That is
+//! a second wall. The kernel program holds the leaf in either.
+//!
 //! What no cgroup hook of the kernel program can see is closed here (`worker::seccomp` has the list): other socket
 //! families, descriptors from outside, namespaces of the program's own making.
 

@@ -14,7 +14,7 @@ fn greet(listener: TcpListener, greeting: &'static str) {
     listener.set_nonblocking(false).unwrap();
     std::thread::spawn(move || {
         while let Ok((mut connection, _)) = listener.accept() {
-            let _ = write!(connection, "{greeting} {}\n", connection.local_addr().unwrap());
+            let _ = writeln!(connection, "{greeting} {}", connection.local_addr().unwrap());
         }
     });
 }
@@ -203,6 +203,8 @@ async fn ports_that_cannot_be_had_are_refused_before_anything_is_made() {
     let refused = runner().run_with(&leaf, job, async |_| Ok::<_, String>(()), pending()).await;
     assert!(matches!(refused, Err(SandboxError::Config(_))), "{refused:?}");
     runner().can_isolate(&leaf).await.unwrap();
+    // It leaves the leaf as it was.
+    assert_eq!(run_in(&leaf, shell("true")).await.exit, Exit::Code(0));
     leaf.remove().unwrap();
     // The HTTP worker too, without datagrams.
     let mut job = shell("");
