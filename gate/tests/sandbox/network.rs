@@ -132,6 +132,28 @@ async fn nothing_of_the_host_s_network_is_there() {
     assert_eq!(text(&done.stdout), "101 101 101 1 1 1 ", "ENETUNREACH, EPERM: {}", text(&done.stderr));
 }
 
+/// A socket that is bound more narrowly, or to the same port as well, would get what is meant for the gate.
+#[tokio::test]
+async fn the_gate_s_ports_cannot_be_shared() {
+    let script = format!(
+        "use Socket qw(:all); my %got; \
+         for my $h ('127.0.0.1', '0.0.0.0', '::1', '::', '::ffff:127.0.0.1') {{ \
+           for my $k ([SOCK_STREAM, {TCP_PORT}], [SOCK_DGRAM, {UDP_BASE}], [SOCK_DGRAM, {}]) {{ \
+             for my $o ([], [SO_REUSEADDR], [SO_REUSEPORT], [SO_REUSEADDR, SO_REUSEPORT]) {{ \
+               my $six = $h =~ /:/; socket(my $s, $six ? AF_INET6 : AF_INET, $k->[0], 0) or die; \
+               setsockopt($s, SOL_SOCKET, $_, 1) or die for @$o; \
+               my $at = $six ? pack_sockaddr_in6($k->[1], inet_pton(AF_INET6, $h)) : pack_sockaddr_in($k->[1], inet_aton($h)); \
+               my $ok = bind($s, $at) && ($k->[0] == SOCK_DGRAM || listen($s, 1)); \
+               $got{{$ok ? \"$h $k->[1] @$o\" : $!+0}}++ }} }} }} \
+         print qq{{$_ $got{{$_}}\n}} for sort keys %got",
+        UDP_BASE + UDP_SLOTS - 1
+    );
+    let mut held = None;
+    let done = run_isolated(perl(&script), |listeners| held = Some(listeners)).await;
+    assert_eq!(text(&done.stdout), "98 60\n", "EADDRINUSE each time: {}", text(&done.stderr));
+    assert!(held.is_some());
+}
+
 /// Two at once have the same ports, each its own.
 #[tokio::test]
 async fn executions_do_not_reach_each_other_s_listeners() {
