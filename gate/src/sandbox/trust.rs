@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::io::Errno;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
@@ -35,6 +36,7 @@ const BUNDLES: [&str; 5] = [
 const BUNDLE_MAX_BYTES: u64 = 16 << 20;
 /// Bundles that are kept: one for each root that commands name.
 const KEPT: usize = 16;
+const TRIES: usize = 64;
 
 /// The authority's certificates, and which state of which file they are put beside.
 type Key = (Vec<u8>, Option<Source>);
@@ -60,14 +62,14 @@ impl TrustStore {
             Some(found) => Some(found),
             None => open_bundle(Path::new("/"))?,
         };
-        let key = (authority.to_vec(), found.as_ref().map(|(_, source)| *source));
+        let key = (authority.to_vec(), found.as_ref().map(|found| found.source));
         if let Some(kept) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(Arc::clone(kept));
         }
         let mut bundle = String::new();
-        if let Some((file, _)) = found {
+        if let Some(Found { path, file, .. }) = found {
             let mut bytes = Vec::new();
-            file.take(BUNDLE_MAX_BYTES).read_to_end(&mut bytes).map_err(|e| SandboxError::Io("trust bundle", e))?;
+            file.take(BUNDLE_MAX_BYTES).read_to_end(&mut bytes).map_err(unreadable(&path))?;
             // One that does not parse is one that no client could use.
             CertificateDer::pem_slice_iter(&bytes).flatten().for_each(|found| append(&mut bundle, &found));
         }
@@ -80,7 +82,7 @@ impl TrustStore {
         if authorities == 0 {
             return Err(SandboxError::Config("trusted certificates: there is none".into()));
         }
-        let (copy, _) = seal(&mut bundle.as_bytes()).map_err(|e| SandboxError::Io("trust bundle", e))?;
+        let (copy, _) = seal(&mut bundle.as_bytes()).map_err(unreadable(Path::new(TRUST_BUNDLE)))?;
         let copy = Arc::new(copy);
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() >= KEPT {
@@ -100,23 +102,35 @@ pub fn add_variables(env: &mut Vec<(String, String)>) {
     }
 }
 
+struct Found {
+    path: PathBuf,
+    file: File,
+    source: Source,
+}
+
+fn unreadable(path: &Path) -> impl Fn(io::Error) -> SandboxError {
+    move |source| SandboxError::SealedUnreadable { path: path.to_owned(), source }
+}
+
 /// The bundle as a program in `root` would open it: a link there leads to what is inside, never to the host's files.
-fn open_bundle(root: &Path) -> Result<Option<(File, Source)>, SandboxError> {
-    let failed = |error: io::Error| SandboxError::Io("trust bundle", error);
+fn open_bundle(root: &Path) -> Result<Option<Found>, SandboxError> {
     let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = openat(CWD, root, directory, Mode::empty()).map_err(|e| failed(e.into()))?;
+    let opened = openat(CWD, root, directory, Mode::empty()).map_err(|e| unreadable(root)(e.into()))?;
     for name in BUNDLES {
+        let path = root.join(name);
         // Non-blocking: a FIFO must not hold the gate.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match openat2(&root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+        // A mount or a rename anywhere, while `..` is resolved, asks for another try (openat2(2), EAGAIN).
+        let mut tries = (0..TRIES).map(|_| openat2(&opened, name, flags, Mode::empty(), ResolveFlags::IN_ROOT));
+        let file = match tries.find(|got| !matches!(got, Err(Errno::AGAIN))).unwrap_or(Err(Errno::AGAIN)) {
             Ok(file) => File::from(file),
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => continue,
-            Err(error) => return Err(failed(error.into())),
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            Err(error) => return Err(unreadable(&path)(error.into())),
         };
-        let found = file.metadata().map_err(failed)?;
+        let found = file.metadata().map_err(unreadable(&path))?;
         if found.is_file() {
             let source = (found.dev(), found.ino(), found.size(), found.mtime(), found.mtime_nsec());
-            return Ok(Some((file, source)));
+            return Ok(Some(Found { path, file, source }));
         }
     }
     Ok(None)
