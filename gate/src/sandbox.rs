@@ -10,6 +10,10 @@
 //! leaves and takes the rest. Time, output or the caller end first: `cgroup.kill`. In each case [`Runner::run`] comes
 //! back only when the leaf is empty; removing the leaf is the caller's, after the counters are read.
 //!
+//! The network is the gate's own namespace, or one that the execution has to itself ([`Network::Isolated`]): then there
+//! is nothing in it but lo and the gate's listeners, which [`Runner::run_with`] hands over before anything runs. That is
+//! a second wall. The kernel program holds the leaf in either.
+//!
 //! What no cgroup hook of the kernel program can see is closed here (`worker::seccomp` has the list): other socket
 //! families, descriptors from outside, namespaces of the program's own making.
 
@@ -17,14 +21,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub mod cgroup;
+mod namespace;
 mod protocol;
 mod runner;
 mod sealed;
 mod spawner;
+mod trust;
 pub mod worker;
 
 pub use cgroup::{CgroupError, CgroupTree, Leaf};
-pub use protocol::{Root, Stage};
+pub use namespace::NamespaceListeners;
+pub use protocol::{Root, Stage, TRUST_BUNDLE};
 pub use runner::{Runner, RunnerConfig};
 
 /// One execution.
@@ -34,6 +41,28 @@ pub struct Job {
     /// Written to the program's standard input, which is then closed.
     pub stdin: Vec<u8>,
     pub limits: Limits,
+    pub network: Network,
+    /// Certificates (PEM) that a command shall trust beside those of the host. Given, the root has a bundle of both
+    /// ([`TRUST_BUNDLE`]), and the variables that clients read name it, where `env` does not name another.
+    pub trust_pem: Option<Vec<u8>>,
+}
+
+/// The network that the program is in. What it may reach in it is the kernel program's business in either case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Network {
+    /// The gate's own network namespace.
+    #[default]
+    Shared,
+    /// A network namespace of its own with nothing but lo, in which the gate listens: who reaches those sockets *is*
+    /// this execution.
+    Isolated {
+        /// Of 127.0.0.1 and ::1; the proxy's own number, so that what the kernel program rewrites to is right in both.
+        tcp_port: u16,
+        /// First of the UDP ports; none when absent.
+        udp_base: Option<u16>,
+        /// How many of them, at most 32.
+        udp_slots: u16,
+    },
 }
 
 /// What runs.
@@ -120,6 +149,9 @@ pub enum SandboxError {
     Setup { stage: Stage, detail: String, source: std::io::Error },
     #[error("the program could not be started: {source}")]
     Exec { source: std::io::Error },
+    /// Nobody serves the sockets of an isolated execution, so nothing of it was started.
+    #[error("the listeners of the execution were not taken: {0}")]
+    NotTaken(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the spawner is gone")]
     SpawnerGone,
     #[error("{0}: {1}")]
@@ -141,6 +173,7 @@ impl SandboxError {
             | Self::SealedInvalid { .. }
             | Self::Setup { .. }
             | Self::Exec { .. }
+            | Self::NotTaken(_)
             | Self::SpawnerGone => true,
             Self::Io(..) | Self::Cgroup(_) => false,
         }

@@ -22,7 +22,7 @@ use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
 use crate::pipeline::grant::Grant;
-use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SandboxError, SealedFile};
+use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Network, Program, Root, SandboxError, SealedFile};
 use crate::time::Timestamp;
 
 /// What a kernel entry lives beyond its action's own time: starting the sandbox, and ending it.
@@ -273,6 +273,8 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
             processes: gate.config.sandbox.max_processes,
             scratch_bytes: gate.config.sandbox.scratch_bytes,
         },
+        network: Network::Shared,
+        trust_pem: None,
     })
 }
 

@@ -20,6 +20,9 @@ pub const INSIDE_ID: u32 = 65_534;
 /// `argv[0]` of the second image of this binary.
 pub const INIT_NAME: &str = "latchgate-sandbox-init";
 
+/// Where a program finds the certificates to trust, when it is given any.
+pub const TRUST_BUNDLE: &str = "/etc/ssl/latchgate/ca-bundle.pem";
+
 /// What the program sees as `/`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -43,6 +46,8 @@ pub struct Spec {
     pub entry: Entry,
     pub root: Root,
     pub sealed: Vec<PathBuf>,
+    /// The first of them is [`TRUST_BUNDLE`], and the root leaves a place for it.
+    pub trust: bool,
     /// Sum of the sealed copies' sizes.
     pub sealed_bytes: u64,
     pub scratch_bytes: u64,
@@ -79,10 +84,12 @@ pub enum Stage {
     Seccomp = 12,
     /// Parent-death signal and reaping.
     Reaper = 13,
+    /// The gate's sockets in the network namespace.
+    Network = 14,
 }
 
 impl Stage {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Clone,
         Self::IdMap,
         Self::Identity,
@@ -96,6 +103,7 @@ impl Stage {
         Self::Landlock,
         Self::Seccomp,
         Self::Reaper,
+        Self::Network,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {

@@ -1,10 +1,8 @@
 //! Starting an execution, carrying its pipes, and bringing it to an end.
 
-use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,11 +14,17 @@ use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
-use super::protocol::{self, Entry, Root, Spec, Stage, Status};
-use super::sealed::{self, SealedCopy, SealedStore};
+use super::namespace::{NamespaceListeners, Ports};
+use super::protocol::{self, Spec, Stage, Status};
+use super::sealed::SealedStore;
 use super::spawner::{self, Child, Request, Spawner};
+use super::trust::TrustStore;
 use super::worker::root::{ETC_BINDS, HOST_BINDS};
 use super::{Completed, Exit, Job, Leaf, Limits, Program, SandboxError};
+
+mod prepare;
+
+use prepare::{check_exposed, open_executable, prepare};
 
 /// How long the pipes of a killed execution may take to close.
 const KILL_WAIT: Duration = Duration::from_secs(5);
@@ -50,6 +54,7 @@ struct Inner {
     executable_digest: String,
     protected: Vec<PathBuf>,
     sealed: SealedStore,
+    trust: TrustStore,
     spawner: Spawner,
 }
 
@@ -77,6 +82,7 @@ impl Runner {
             executable_digest: format!("sha256:{}", crate::hash::hex(&digest)),
             protected,
             sealed: SealedStore::default(),
+            trust: TrustStore::default(),
             spawner: Spawner::start().map_err(|e| SandboxError::Io("spawner thread", e))?,
         })))
     }
@@ -89,62 +95,103 @@ impl Runner {
     /// Runs `job` in `leaf` until it ends, its time is over, it writes too much, or `cancel` is ready. When this
     /// returns, nothing of it runs; the leaf is still there. Dropping the future cancels too, and the end is then
     /// brought about behind it.
+    ///
+    /// # Errors
+    /// [`SandboxError::NotTaken`] for an isolated job: its listeners need someone who serves them ([`Self::run_with`]).
     pub async fn run(
         &self,
         leaf: &Leaf,
         job: Job,
         cancel: impl Future<Output = ()>,
     ) -> Result<Completed, SandboxError> {
+        self.run_with(leaf, job, async |_| Err("nobody serves them"), cancel).await
+    }
+
+    /// As [`Self::run`]. The listeners of an isolated job are handed to `take`; nothing of the job has run by then, and
+    /// nothing will before `take` is done and says `Ok`. It is not called for a job in the shared network. Its time is
+    /// part of the job's.
+    ///
+    /// # Errors
+    /// [`SandboxError::NotTaken`] with what `take` says; the listeners are the caller's to close in any case.
+    pub async fn run_with<Taken, E>(
+        &self,
+        leaf: &Leaf,
+        job: Job,
+        take: impl FnOnce(NamespaceListeners) -> Taken,
+        cancel: impl Future<Output = ()>,
+    ) -> Result<Completed, SandboxError>
+    where
+        Taken: Future<Output = Result<(), E>>,
+        E: Into<NotTaken>,
+    {
         let (stop, stopped) = oneshot::channel::<()>();
+        let (offer, offered) = oneshot::channel();
+        let (go, may_go) = oneshot::channel();
+        let handover = Handover { offer, may_go };
         let (runner, leaf) = (Arc::clone(&self.0), leaf.clone());
-        let mut task = tokio::spawn(async move { execute(&runner, &leaf, job, stopped).await });
+        let mut task = tokio::spawn(async move { execute(&runner, &leaf, job, handover, stopped).await });
+        let taking = async {
+            if let Ok(listeners) = offered.await {
+                let _ = go.send(take(listeners).await.map_err(Into::into));
+            }
+            std::future::pending::<()>().await;
+        };
         let ended = tokio::select! {
             ended = &mut task => ended,
             () = cancel => {
                 drop(stop);
                 task.await
             }
+            () = taking => task.await,
         };
         ended.map_err(|e| SandboxError::Io("execution", io::Error::other(e)))?
     }
+
+    /// Whether an isolated execution can be made here: makes a namespace with a listener, and lets it go.
+    ///
+    /// # Errors
+    /// What a job with [`Network::Isolated`](super::Network::Isolated) would meet.
+    pub async fn can_isolate(&self, leaf: &Leaf) -> Result<(), SandboxError> {
+        let uid = Uid::take(&self.0)?;
+        let ports = Ports::of(super::Network::Isolated { tcp_port: 1, udp_base: Some(1), udp_slots: 1 })?;
+        // Its end of these tells the child that the gate is there.
+        let (_ours, descriptors) = pipes().map_err(|e| SandboxError::Io("pipes", e))?;
+        let child = spawn(&self.0, leaf, descriptors, uid.id, ports).await?;
+        child.kill();
+        spawner::collect(&child);
+        Ok(())
+    }
 }
 
-/// A protected path below what would be bound, or something bound that is itself inside a protected directory.
-fn check_exposed(bound: &Path, protected: &[PathBuf]) -> Result<(), SandboxError> {
-    let Ok(real) = bound.canonicalize() else {
-        return Ok(());
-    };
-    for path in protected {
-        let at = real_path(path);
-        if at.starts_with(&real) || (real.starts_with(&at) && at != Path::new("/")) {
-            return Err(SandboxError::Exposed { protected: path.clone(), bound: bound.to_owned() });
+type NotTaken = Box<dyn std::error::Error + Send + Sync>;
+
+/// The listeners' way to the caller, and the caller's word.
+struct Handover {
+    offer: oneshot::Sender<NamespaceListeners>,
+    may_go: oneshot::Receiver<Result<(), NotTaken>>,
+}
+
+impl Handover {
+    /// Waits for the caller's word. `Some`: what ended the execution first.
+    async fn give(
+        self,
+        listeners: NamespaceListeners,
+        deadline: Instant,
+        stopped: &mut oneshot::Receiver<()>,
+    ) -> Result<Option<Exit>, SandboxError> {
+        // A caller that is gone takes neither this nor the word: cancelled.
+        let _ = self.offer.send(listeners);
+        tokio::select! {
+            biased;
+            _ = stopped => Ok(Some(Exit::Cancelled)),
+            word = self.may_go => match word {
+                Ok(Ok(())) => Ok(None),
+                Ok(Err(why)) => Err(SandboxError::NotTaken(why)),
+                Err(_) => Ok(Some(Exit::Cancelled)),
+            },
+            () = sleep_until(deadline) => Ok(Some(Exit::TimedOut)),
         }
     }
-    Ok(())
-}
-
-/// The path with links resolved as far as it exists.
-fn real_path(path: &Path) -> PathBuf {
-    let mut missing = PathBuf::new();
-    for ancestor in path.ancestors() {
-        if let Ok(real) = ancestor.canonicalize() {
-            return if missing.as_os_str().is_empty() { real } else { real.join(missing) };
-        }
-        let name = ancestor.file_name().map(PathBuf::from).unwrap_or_default();
-        missing = if missing.as_os_str().is_empty() { name } else { name.join(missing) };
-    }
-    path.to_owned()
-}
-
-/// A sandbox's uid must be able to execute it by descriptor: a file that others may not read becomes a sealed copy.
-fn open_executable(path: &Path) -> io::Result<(OwnedFd, [u8; 32])> {
-    let mut file = File::open(path)?;
-    if file.metadata()?.mode() & 0o005 == 0o005 {
-        let digest = sealed::digest(&mut file)?;
-        return Ok((file.into(), digest));
-    }
-    let (copy, digest) = sealed::seal(&mut file)?;
-    Ok((copy.file, digest))
 }
 
 /// An uid of the range, given back when it goes; kept from reuse for ever if its execution would not die.
@@ -167,52 +214,6 @@ impl Drop for Uid<'_> {
             self.inner.uids.lock().unwrap_or_else(PoisonError::into_inner).push(self.id);
         }
     }
-}
-
-/// What the job needs, all of it checked.
-struct Prepared {
-    entry: Entry,
-    root: Root,
-    sealed: Vec<(PathBuf, Arc<SealedCopy>)>,
-    module_digest: String,
-}
-
-fn prepare(inner: &Inner, program: Program) -> Result<Prepared, SandboxError> {
-    let (argv, env, files, root) = match program {
-        Program::HttpWorker => {
-            return Ok(Prepared {
-                entry: Entry::HttpWorker,
-                root: Root::Empty,
-                sealed: Vec::new(),
-                module_digest: inner.executable_digest.clone(),
-            });
-        }
-        Program::Command { argv, env, files, root } => (argv, env, files, root),
-    };
-    let nul = |text: &String| text.contains('\0');
-    if argv.first().is_none_or(String::is_empty) || argv.iter().any(nul) {
-        return Err(SandboxError::Config("argv is empty or holds a NUL".into()));
-    }
-    if env.iter().any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value)) {
-        return Err(SandboxError::Config("a name of the environment is empty or holds `=` or NUL".into()));
-    }
-    if let Root::Directory(directory) = &root {
-        if !directory.is_absolute() || !directory.is_dir() {
-            return Err(SandboxError::Config(format!("{} is not an absolute directory", directory.display())));
-        }
-        check_exposed(directory, &inner.protected)?;
-    }
-    let mut list = Vec::with_capacity(files.len());
-    let mut sealed = Vec::with_capacity(files.len());
-    for file in files {
-        let copy = inner.sealed.copy_of(&file)?;
-        let hex = file.sha256.strip_prefix("sha256:").unwrap_or(&file.sha256).to_ascii_lowercase();
-        list.push(serde_json::json!({ "path": file.path, "sha256": format!("sha256:{hex}") }));
-        sealed.push((file.path, copy));
-    }
-    let canonical = serde_jcs::to_vec(&list).map_err(|e| SandboxError::Io("digest", io::Error::other(e)))?;
-    let module_digest = crate::hash::sha256_tagged(&canonical);
-    Ok(Prepared { entry: Entry::Command { argv, env }, root, sealed, module_digest })
 }
 
 /// The gate's ends of the five pipes.
@@ -239,21 +240,38 @@ fn pipes() -> io::Result<(Pipes, Vec<OwnedFd>)> {
     Ok((ours, theirs))
 }
 
+/// A child in the leaf that waits for its spec.
+async fn spawn(
+    inner: &Inner,
+    leaf: &Leaf,
+    descriptors: Vec<OwnedFd>,
+    outside_id: u32,
+    network: Option<Ports>,
+) -> Result<Child, SandboxError> {
+    let (reply, made) = oneshot::channel();
+    let leaf = leaf.directory().try_clone_to_owned().map_err(|e| SandboxError::Io("leaf", e))?;
+    let executable = Arc::clone(&inner.executable);
+    inner.spawner.send(Request { leaf, executable, descriptors, outside_id, network, reply })?;
+    made.await.map_err(|_| SandboxError::SpawnerGone)?
+}
+
 async fn execute(
     inner: &Arc<Inner>,
     leaf: &Leaf,
     job: Job,
+    handover: Handover,
     mut stopped: oneshot::Receiver<()>,
 ) -> Result<Completed, SandboxError> {
     let started = Instant::now();
-    let Job { program, stdin, limits } = job;
+    let Job { program, stdin, limits, network, trust_pem } = job;
     let deadline = started + limits.timeout;
+    let ports = Ports::of(network)?;
     let mut uid = Uid::take(inner)?;
     let prepared = match program {
-        Program::HttpWorker => prepare(inner, program)?,
+        Program::HttpWorker => prepare(inner, program, None)?,
         Program::Command { .. } => {
             let inner = Arc::clone(inner);
-            tokio::task::spawn_blocking(move || prepare(&inner, program))
+            tokio::task::spawn_blocking(move || prepare(&inner, program, trust_pem))
                 .await
                 .map_err(|e| SandboxError::Io("sealed copies", io::Error::other(e)))??
         }
@@ -270,29 +288,28 @@ async fn execute(
         root: prepared.root,
         sealed_bytes: prepared.sealed.iter().map(|(_, copy)| copy.bytes.saturating_add(4096)).sum(),
         sealed: prepared.sealed.into_iter().map(|(path, _)| path).collect(),
+        trust: prepared.trust,
         scratch_bytes: limits.scratch_bytes,
         processes: limits.processes,
         process_memory_bytes: (!memory_held).then_some(limits.memory_bytes),
     };
     let spec = protocol::encode_spec(&spec).map_err(|e| SandboxError::Io("spec", e))?;
 
-    let (reply, made) = oneshot::channel();
-    let leaf_directory = leaf.directory().try_clone_to_owned().map_err(|e| SandboxError::Io("leaf", e))?;
-    inner.spawner.send(Request {
-        leaf: leaf_directory,
-        executable: Arc::clone(&inner.executable),
-        descriptors,
-        outside_id: uid.id,
-        reply,
-    })?;
-    let child = made.await.map_err(|_| SandboxError::SpawnerGone)??;
+    let mut child = spawn(inner, leaf, descriptors, uid.id, ports).await?;
 
     // From here on the uid goes back only when the leaf is known to be empty.
     uid.reusable = false;
-    let watched = child.watch().map_err(|e| SandboxError::Io("pidfd", e));
-    let carried = match watched {
-        Ok(watched) => carry(leaf, &child, &watched, ours, &spec, &stdin, &limits, deadline, &mut stopped).await,
-        Err(error) => Err(error),
+    let begun = match child.listeners.take() {
+        Some(listeners) => handover.give(listeners, deadline, &mut stopped).await,
+        None => Ok(None),
+    };
+    let carried = match (begun, child.watch()) {
+        (Ok(None), Ok(watched)) => {
+            carry(leaf, &child, &watched, ours, &spec, &stdin, &limits, deadline, &mut stopped).await
+        }
+        (Ok(Some(exit)), _) => Ok(Carried::nothing(exit)),
+        (Err(error), _) => Err(error),
+        (_, Err(error)) => Err(SandboxError::Io("pidfd", error)),
     };
     child.kill();
     let blocking = leaf.clone();
@@ -323,6 +340,19 @@ struct Carried {
     stderr: Vec<u8>,
     stderr_truncated: bool,
     statuses: Vec<Status>,
+}
+
+impl Carried {
+    /// Of an execution that ended before anything of it ran.
+    const fn nothing(exit: Exit) -> Self {
+        Self {
+            forced: Some(exit),
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+            stderr_truncated: false,
+            statuses: Vec::new(),
+        }
+    }
 }
 
 /// Moves bytes until every pipe is closed and the first process is gone.

@@ -8,7 +8,7 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -19,6 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
 use super::SandboxError;
+use super::namespace::{self, NamespaceListeners, Ports};
 use super::protocol::{CONTROL_FD, INSIDE_ID, STATUS_FD, Stage, Status};
 
 /// `argv[0]` again, as the kernel takes it; a test holds the two together.
@@ -42,6 +43,8 @@ pub struct Request {
     pub descriptors: Vec<OwnedFd>,
     /// The uid and gid outside.
     pub outside_id: u32,
+    /// A network namespace of its own, with the gate's sockets on these.
+    pub network: Option<Ports>,
     pub reply: oneshot::Sender<Result<Child, SandboxError>>,
 }
 
@@ -49,6 +52,8 @@ pub struct Request {
 #[derive(Debug)]
 pub struct Child {
     pub pidfd: OwnedFd,
+    /// The gate's sockets in its network namespace, if it has one.
+    pub listeners: Option<NamespaceListeners>,
 }
 
 impl Child {
@@ -83,8 +88,8 @@ impl Spawner {
 }
 
 fn serve(queue: &Receiver<Request>) {
-    while let Ok(Request { leaf, executable, descriptors, outside_id, reply }) = queue.recv() {
-        let made = spawn(&leaf, &executable, &descriptors, outside_id);
+    while let Ok(Request { leaf, executable, descriptors, outside_id, network, reply }) = queue.recv() {
+        let made = spawn(&leaf, &executable, &descriptors, outside_id, network);
         drop(descriptors);
         if let Err(Ok(child)) = reply.send(made) {
             child.kill();
@@ -116,6 +121,7 @@ fn spawn(
     executable: &OwnedFd,
     descriptors: &[OwnedFd],
     outside_id: u32,
+    network: Option<Ports>,
 ) -> Result<Child, SandboxError> {
     let in_clone = |source| setup_error(Stage::Clone, "descriptors", source);
     let count = RawFd::try_from(descriptors.len()).map_err(|e| in_clone(io::Error::other(e)))?;
@@ -131,26 +137,43 @@ fn spawn(
         envp: [ptr::null()],
     };
 
-    let (pid, pidfd) = clone_into(leaf, &layout).map_err(|e| setup_error(Stage::Clone, "clone3", e))?;
-    let child = Child { pidfd };
-    match map_ids(pid, outside_id) {
+    let namespaces =
+        libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let namespaces = namespaces | if network.is_some() { libc::CLONE_NEWNET } else { 0 };
+    // SAFETY: `become_init` makes bare system calls only and never returns; it runs once, in the child.
+    let cloned = unsafe { clone_with(namespaces as u64, Some(leaf.as_fd()), || become_init(&layout)) };
+    let (pid, pidfd) = cloned.map_err(|e| setup_error(Stage::Clone, "clone3", e))?;
+    let mut child = Child { pidfd, listeners: None };
+    let made = map_ids(pid, outside_id).map_err(|e| setup_error(Stage::IdMap, "uid_map, gid_map", e)).and_then(|()| {
+        child.listeners = network.map(|ports| namespace::listen(&child, ports)).transpose()?;
+        Ok(())
+    });
+    match made {
         Ok(()) => Ok(child),
         Err(error) => {
             child.kill();
             collect(&child);
-            Err(setup_error(Stage::IdMap, "uid_map, gid_map", error))
+            Err(error)
         }
     }
 }
 
-fn clone_into(leaf: &OwnedFd, layout: &Layout<'_>) -> io::Result<(Pid, OwnedFd)> {
+/// Makes a child with these `CLONE_NEW…` flags, in `cgroup` or in the cgroup of this process. It runs `in_child`
+/// and ends.
+///
+/// # Safety
+/// This process has threads, which the child does not have: `in_child` must make system calls only, and neither
+/// allocate nor take a lock.
+pub(super) unsafe fn clone_with(
+    namespaces: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+    in_child: impl FnOnce(),
+) -> io::Result<(Pid, OwnedFd)> {
     let mut pidfd: RawFd = -1;
-    let namespaces =
-        libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     // The gate's signal handlers must not run in the child: they would write to the gate's own pipes.
-    let flags = (namespaces | libc::CLONE_PIDFD) as u64 | CLONE_INTO_CGROUP | CLONE_CLEAR_SIGHAND;
+    let flags = namespaces | libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND;
     let mut args = libc::clone_args {
-        flags,
+        flags: flags | if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 },
         pidfd: ptr::from_mut(&mut pidfd) as u64,
         child_tid: 0,
         parent_tid: 0,
@@ -160,14 +183,15 @@ fn clone_into(leaf: &OwnedFd, layout: &Layout<'_>) -> io::Result<(Pid, OwnedFd)>
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: leaf.as_raw_fd() as u64,
+        cgroup: cgroup.map_or(0, |directory| directory.as_raw_fd() as u64),
     };
     // SAFETY: `args` is a valid clone_args of the size given; without CLONE_VM the child has a copy of this address
     // space and stack, as after fork, and `pidfd` is written here before the call returns.
     let returned = unsafe { libc::syscall(libc::SYS_clone3, ptr::from_mut(&mut args), size_of::<libc::clone_args>()) };
     if returned == 0 {
-        // SAFETY: this is the child of a threaded process; `become_init` makes bare system calls only and never returns.
-        unsafe { become_init(layout) }
+        in_child();
+        // SAFETY: an integer only.
+        unsafe { libc::_exit(70) }
     }
     if returned < 0 {
         return Err(io::Error::last_os_error());

@@ -170,7 +170,8 @@ async fn the_worker_is_the_image_of_the_start() {
         std::fs::remove_file(&executable).unwrap();
         std::fs::write(&executable, "#!/bin/sh\necho swapped\n").unwrap();
         let leaf = tree().leaf().unwrap();
-        let job = Job { program: Program::HttpWorker, stdin: b"not a job".to_vec(), limits: LIMITS };
+        let mut job = shell("");
+        (job.program, job.stdin) = (Program::HttpWorker, b"not a job".to_vec());
         let done = runner.run(&leaf, job, pending()).await.unwrap();
         assert_eq!(done.module_digest, digest);
         assert!(matches!(done.exit, Exit::Code(_)) && !text(&done.stdout).contains("swapped"), "{done:?}");

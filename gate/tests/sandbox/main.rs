@@ -6,7 +6,9 @@
 mod inside;
 mod lifetime;
 mod limits;
+mod network;
 mod refused;
+mod trust;
 
 use std::future::pending;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use latchgate::sandbox::{
-    CgroupTree, Completed, Exit, Job, Leaf, Limits, Program, Root, Runner, RunnerConfig, SandboxError, SealedFile,
+    CgroupTree, Completed, Exit, Job, Leaf, Limits, NamespaceListeners, Network, Program, Root, Runner, RunnerConfig,
+    SandboxError, SealedFile,
 };
 
 const UID_BASE: u32 = 2_000_000;
@@ -72,6 +75,8 @@ fn command(argv: &[&str]) -> Job {
         },
         stdin: Vec::new(),
         limits: LIMITS,
+        network: Network::Shared,
+        trust_pem: None,
     }
 }
 
@@ -95,6 +100,29 @@ async fn run(job: Job) -> Completed {
     done
 }
 
+const TCP_PORT: u16 = 18_080;
+const UDP_BASE: u16 = 18_053;
+const UDP_SLOTS: u16 = 8;
+
+/// The same in a network namespace of its own.
+fn isolated(mut job: Job) -> Job {
+    job.network = Network::Isolated { tcp_port: TCP_PORT, udp_base: Some(UDP_BASE), udp_slots: UDP_SLOTS };
+    job
+}
+
+/// Runs an isolated job whose listeners `serve` gets.
+async fn run_isolated(job: Job, serve: impl FnOnce(NamespaceListeners)) -> Completed {
+    let leaf = tree().leaf().unwrap();
+    let take = async |listeners| -> Result<(), String> {
+        serve(listeners);
+        Ok(())
+    };
+    let done = runner().run_with(&leaf, isolated(job), take, pending()).await.unwrap();
+    assert_eq!(std::fs::read_to_string(leaf.path().join("cgroup.procs")).unwrap(), "", "something is left");
+    leaf.remove().unwrap();
+    done
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -103,6 +131,21 @@ async fn output(job: Job) -> String {
     let done = run(job).await;
     assert_eq!(done.exit, Exit::Code(0), "{}{}", text(&done.stdout), text(&done.stderr));
     text(&done.stdout)
+}
+
+/// A static executable that writes the file at `path` to its output; its exit code is 1 if that cannot be opened.
+fn cat_elf(path: &str) -> Vec<u8> {
+    let mut code = vec![0xe8];
+    code.extend((path.len() as u32 + 1).to_le_bytes()); // call over the path
+    code.extend(path.bytes().chain([0]));
+    code.extend([0x5f, 0x31, 0xf6, 0xb8, 2, 0, 0, 0, 0x0f, 0x05]); // pop rdi; open(rdi, O_RDONLY)
+    code.extend([0x85, 0xc0, 0x79, 0x0c, 0xbf, 1, 0, 0, 0, 0xb8, 231, 0, 0, 0, 0x0f, 0x05]); // if < 0: exit_group(1)
+    code.extend([0x41, 0x89, 0xc4, 0x48, 0x81, 0xec, 0, 0x10, 0, 0]); // mov r12d, eax; sub rsp, 4096
+    code.extend([0x44, 0x89, 0xe7, 0x48, 0x89, 0xe6, 0xba, 0, 0x10, 0, 0, 0x31, 0xc0, 0x0f, 0x05]); // again: read
+    code.extend([0x85, 0xc0, 0x7f, 0x09, 0x31, 0xff, 0xb8, 231, 0, 0, 0, 0x0f, 0x05]); // if <= 0: exit_group(0)
+    code.extend([0x89, 0xc2, 0xbf, 1, 0, 0, 0, 0xb8, 1, 0, 0, 0, 0x0f, 0x05]); // write(1, rsp, what was read)
+    code.extend([0xeb, 0xd4]); // jmp again
+    tiny_elf(&code)
 }
 
 /// A static executable of one segment that runs `code`.
@@ -134,5 +177,7 @@ fn sealed_job(directory: &Path, name: &str, contents: &[u8], root: Root) -> Job 
         },
         stdin: Vec::new(),
         limits: LIMITS,
+        network: Network::Shared,
+        trust_pem: None,
     }
 }

@@ -51,7 +51,7 @@ async fn output_is_kept_to_the_byte() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let writing = std::thread::spawn(move || {
             use std::io::Write;
-            let _ = File::from(writer).write_all(&vec![b'x'; sent]);
+            let _ = std::fs::File::from(writer).write_all(&vec![b'x'; sent]);
         });
         let reader = pipe::Receiver::from_owned_fd(reader).unwrap();
         let (bytes, all) = read_to(reader, limit, drain).await;

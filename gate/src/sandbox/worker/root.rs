@@ -57,6 +57,9 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
 /// Of a directory root, these are the sandbox's own.
 const OWN_NAMES: [&str; 6] = ["dev", "proc", "sys", "run", "tmp", ".sealed"];
 
+/// The names in `TRUST_BUNDLE`, but for the file's.
+const TRUST_PATH: [&str; 3] = ["etc", "ssl", "latchgate"];
+
 const SEALED_DIRECTORY: &str = "/.sealed";
 
 /// Room of the root itself, beside the sealed copies: directories, links and generated files.
@@ -83,8 +86,8 @@ pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>) -> Result<(), Failure> 
     if matches!(spec.entry, Entry::Command { .. }) {
         match &spec.root {
             Root::Empty => {}
-            Root::Host => host(root.as_fd())?,
-            Root::Directory(directory) => take_entries(root.as_fd(), directory)?,
+            Root::Host => host(root.as_fd(), spec.trust)?,
+            Root::Directory(directory) => take_entries(root.as_fd(), directory, spec.trust)?,
         }
         own_directories(root.as_fd(), spec)?;
     }
@@ -98,13 +101,18 @@ pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>) -> Result<(), Failure> 
     rustix::system::sethostname(b"sandbox").map_err(at(Stage::Root, "hostname"))
 }
 
-fn host(root: std::os::fd::BorrowedFd<'_>) -> Result<(), Failure> {
+fn host(root: std::os::fd::BorrowedFd<'_>, trust: bool) -> Result<(), Failure> {
     for name in HOST_BINDS {
-        take(root, &Path::new("/").join(name), name)?;
+        take(root, &Path::new("/").join(name), name, Links::Remade)?;
     }
     make_directory(root, "etc")?;
     for name in ETC_BINDS {
-        take(root, &Path::new("/etc").join(name), &format!("etc/{name}"))?;
+        let (source, inside) = (Path::new("/etc").join(name), format!("etc/{name}"));
+        match name {
+            "ssl" if trust && source.is_dir() => take_around(root, &source, &inside, &TRUST_PATH[2..])?,
+            // A link may lead out of what is bound (localtime).
+            _ => take(root, &source, &inside, Links::Followed)?,
+        }
     }
     for (name, text) in ETC_FILES {
         let write = || -> io::Result<()> {
@@ -117,29 +125,69 @@ fn host(root: std::os::fd::BorrowedFd<'_>) -> Result<(), Failure> {
     rustix::fs::symlinkat("/tmp", root, "var/tmp").map_err(at(Stage::Root, "var/tmp"))
 }
 
-fn take_entries(root: std::os::fd::BorrowedFd<'_>, directory: &Path) -> Result<(), Failure> {
-    let failed = |error| at(Stage::Root, directory.display())(error);
-    for entry in fs::read_dir(directory).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let name = entry.file_name();
-        match name.to_str() {
-            Some(name) if OWN_NAMES.contains(&name) => {}
-            Some(name) => take(root, &entry.path(), name)?,
-            None => return Err(failed(io::Error::other("a name that is not UTF-8"))),
+fn take_entries(root: std::os::fd::BorrowedFd<'_>, directory: &Path, trust: bool) -> Result<(), Failure> {
+    for (name, source) in entries(directory)? {
+        match name.as_str() {
+            own if OWN_NAMES.contains(&own) => {}
+            "etc" if trust && is_directory(&source) => take_around(root, &source, &name, &TRUST_PATH[1..])?,
+            _ => take(root, &source, &name, Links::Remade)?,
         }
     }
     Ok(())
 }
 
-/// Shows `source` at `name`, read-only; a link is made again, what is neither file, directory nor link is left out.
-fn take(root: std::os::fd::BorrowedFd<'_>, source: &Path, name: &str) -> Result<(), Failure> {
+fn entries(directory: &Path) -> Result<Vec<(String, std::path::PathBuf)>, Failure> {
+    let failed = |error| at(Stage::Root, directory.display())(error);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        match entry.file_name().into_string() {
+            Ok(name) => found.push((name, entry.path())),
+            Err(_) => return Err(failed(io::Error::other("a name that is not UTF-8"))),
+        }
+    }
+    Ok(found)
+}
+
+/// A directory of the sandbox's own at `name` that shows all of `source`, so that `kept[0]` can be made in it; that is
+/// itself such a directory, down to the last name, which is not taken.
+fn take_around(root: std::os::fd::BorrowedFd<'_>, source: &Path, name: &str, kept: &[&str]) -> Result<(), Failure> {
+    make_directory(root, name)?;
+    for (entry, source) in entries(source)? {
+        let inside = format!("{name}/{entry}");
+        match kept.split_first() {
+            Some((first, [])) if entry == *first => {}
+            Some((first, rest)) if entry == *first && is_directory(&source) => {
+                take_around(root, &source, &inside, rest)?;
+            }
+            _ => take(root, &source, &inside, Links::Remade)?,
+        }
+    }
+    Ok(())
+}
+
+/// A directory, and no link to one: where a link leads is only known inside.
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir())
+}
+
+/// What becomes of a link.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Links {
+    /// It is a link again, to whatever is there in the new root.
+    Remade,
+    /// What it leads to on the host is shown in its place.
+    Followed,
+}
+
+/// Shows `source` at `name`, read-only; what is neither file, directory nor link is left out.
+fn take(root: std::os::fd::BorrowedFd<'_>, source: &Path, name: &str, links: Links) -> Result<(), Failure> {
     let failed = |error: io::Error| at(Stage::Root, source.display())(error);
     let found = match fs::symlink_metadata(source) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(failed)?,
     };
-    // In `/etc` a link may lead out of what is bound (localtime): what it leads to is bound in its place.
-    if found.is_symlink() && !name.contains('/') {
+    if found.is_symlink() && links == Links::Remade {
         let target = fs::read_link(source).map_err(failed)?;
         return rustix::fs::symlinkat(&target, root, name).map_err(|e| failed(e.into()));
     }
