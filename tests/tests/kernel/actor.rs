@@ -216,6 +216,7 @@ fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
                 gate: words[3].into(),
                 bpffs: words[4].into(),
                 proxy: ProxyAddresses { v4: words[5].parse().unwrap(), v6: None },
+                resolver: None,
             };
             match Enforcer::start(config) {
                 Ok(enforcer) => {

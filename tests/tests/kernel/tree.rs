@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use latchgate::egress::LeafId;
@@ -22,16 +22,27 @@ fn root() -> PathBuf {
         .expect("a cgroup v2 tree")
 }
 
-/// `gate`, which this process moves into, and beside it an `actions` for each test.
+/// Gates that can be there at one time: each locks a directory that this process is in or below.
+const GATES: usize = 8;
+static FREE_GATES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// `gate`, in whose innermost child this process is, and beside it an `actions` for each test.
 pub fn base() -> &'static Path {
     static BASE: OnceLock<PathBuf> = OnceLock::new();
     BASE.get_or_init(|| {
         sweep(|pid| !Path::new(&format!("/proc/{pid}")).exists());
         let base = root().join(format!("{PREFIX}{}", std::process::id()));
-        fs::create_dir_all(base.join("gate")).unwrap();
+        let mut gate = base.join("gate");
+        let mut free = FREE_GATES.lock().unwrap();
+        for _ in 0..GATES {
+            fs::create_dir_all(&gate).unwrap();
+            free.push(gate.clone());
+            gate.push("gate");
+        }
+        let innermost = free.last().unwrap().join("cgroup.procs");
         fs::create_dir_all(base.join("outside")).unwrap();
         fs::create_dir_all(bpffs_of(std::process::id())).unwrap();
-        fs::write(base.join("gate/cgroup.procs"), std::process::id().to_string()).unwrap();
+        fs::write(innermost, std::process::id().to_string()).unwrap();
         // SAFETY: registers a plain function.
         unsafe { libc::atexit(at_exit) };
         base
@@ -115,6 +126,7 @@ impl Proxy {
 pub struct Tree {
     pub name: String,
     pub actions: PathBuf,
+    pub gate: PathBuf,
     pub proxy: Proxy,
     pub enforcer: Option<Enforcer>,
     pub events: Option<broadcast::Receiver<KernelEvent>>,
@@ -124,7 +136,13 @@ impl Tree {
     pub fn empty(name: &str) -> Self {
         let actions = base().join(format!("actions-{name}"));
         fs::create_dir(&actions).unwrap();
-        Self { name: name.to_owned(), actions, proxy: Proxy::bind(), enforcer: None, events: None }
+        let gate = loop {
+            match FREE_GATES.lock().unwrap().pop() {
+                Some(gate) => break gate,
+                None => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        Self { name: name.to_owned(), actions, gate, proxy: Proxy::bind(), enforcer: None, events: None }
     }
 
     pub fn attached(name: &str) -> Self {
@@ -139,9 +157,10 @@ impl Tree {
         KernelConfig {
             instance: self.name.clone(),
             actions: self.actions.clone(),
-            gate: base().join("gate"),
+            gate: self.gate.clone(),
             bpffs: bpffs_of(std::process::id()),
             proxy: self.proxy.addresses(),
+            resolver: None,
         }
     }
 
@@ -188,6 +207,7 @@ impl Drop for Tree {
         if let Some(enforcer) = self.enforcer.take() {
             let _ = enforcer.detach();
         }
+        FREE_GATES.lock().unwrap().push(self.gate.clone());
         let _ = fs::write(self.actions.join("cgroup.kill"), "1");
         for _ in 0..100 {
             remove_tree(&self.actions);
