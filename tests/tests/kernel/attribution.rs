@@ -110,7 +110,7 @@ fn each_of_20000_connections_is_attributed_to_its_leaf() {
 }
 
 /// Records of flows to `port` that nobody took, in any map of flows.
-fn records_left(port: u16) -> usize {
+pub fn records_left(port: u16) -> usize {
     let maps = aya::maps::loaded_maps().flatten().filter(|map| map.name_as_str() == Some("FLOWS"));
     let maps = maps.filter_map(|map| aya::maps::MapData::from_id(map.id()).ok());
     // Another gate of this machine may have maps of another layout.

@@ -1,14 +1,17 @@
 //! A cgroup tree, a bpffs and a proxy address of the test's own. What a killed run left is swept at the next start.
 
 use std::fs;
-use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener};
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use latchgate::egress::LeafId;
-use latchgate::egress::kernel::{Enforcer, KernelConfig, KernelEvent, KernelProfile, ProxyAddresses};
+use latchgate::egress::kernel::{
+    Enforcer, KernelConfig, KernelEvent, KernelProfile, ProxyAddresses, ResolverAddresses,
+};
 use tokio::sync::broadcast;
 
 const PREFIX: &str = "latchgate-test-kernel-";
@@ -122,12 +125,78 @@ impl Proxy {
     }
 }
 
+/// Where the gate's resolver would listen: eight ports in a row, the same in both families.
+pub struct Resolver {
+    pub v4: Vec<UdpSocket>,
+    pub v6: Vec<UdpSocket>,
+    pub base: u16,
+}
+
+impl Resolver {
+    pub fn bind() -> Self {
+        for _ in 0..100 {
+            let Ok(probe) = UdpSocket::bind("127.0.0.1:0") else { continue };
+            let base = probe.local_addr().unwrap().port();
+            drop(probe);
+            if let Some(bound) = Self::bind_at(base) {
+                return bound;
+            }
+        }
+        panic!("no eight ports in a row that are free in both families");
+    }
+
+    pub fn bind_at(base: u16) -> Option<Self> {
+        let all = |host: &str| -> Option<Vec<UdpSocket>> {
+            let ports = base..base.checked_add(ResolverAddresses::SLOTS)?;
+            let bind = |port| {
+                let socket = UdpSocket::bind(format!("{host}:{port}")).ok()?;
+                // The usual buffer holds fewer queries than a leaf may have under way.
+                rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 1 << 20).ok()?;
+                Some(socket)
+            };
+            ports.map(bind).collect()
+        };
+        Some(Self { v4: all("127.0.0.1")?, v6: all("[::1]")?, base })
+    }
+
+    pub fn addresses(&self) -> ResolverAddresses {
+        ResolverAddresses {
+            v4_base: SocketAddrV4::new([127, 0, 0, 1].into(), self.base),
+            v6_base: Some(SocketAddrV6::new([0, 0, 0, 0, 0, 0, 0, 1].into(), self.base, 0, 0)),
+            slots: ResolverAddresses::SLOTS,
+        }
+    }
+
+    pub fn sockets(&self) -> impl Iterator<Item = &UdpSocket> {
+        self.v4.iter().chain(&self.v6)
+    }
+}
+
+/// The kernel's name for the network namespace of a socket.
+pub fn netns_cookie(socket: &UdpSocket) -> u64 {
+    const SO_NETNS_COOKIE: i32 = 71;
+    let (mut cookie, mut length) = (0_u64, 8);
+    // SAFETY: a buffer of the length that is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(result, 0);
+    cookie
+}
+
 /// One test's `actions`, with the program attached.
 pub struct Tree {
     pub name: String,
     pub actions: PathBuf,
     pub gate: PathBuf,
     pub proxy: Proxy,
+    pub resolver: Option<Resolver>,
     pub enforcer: Option<Enforcer>,
     pub events: Option<broadcast::Receiver<KernelEvent>>,
 }
@@ -142,11 +211,30 @@ impl Tree {
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
         };
-        Self { name: name.to_owned(), actions, gate, proxy: Proxy::bind(), enforcer: None, events: None }
+        Self {
+            name: name.to_owned(),
+            actions,
+            gate,
+            proxy: Proxy::bind(),
+            resolver: None,
+            enforcer: None,
+            events: None,
+        }
     }
 
     pub fn attached(name: &str) -> Self {
+        Self::empty(name).attach()
+    }
+
+    /// With a resolver.
+    pub fn resolving(name: &str) -> Self {
         let mut tree = Self::empty(name);
+        tree.resolver = Some(Resolver::bind());
+        tree.attach()
+    }
+
+    fn attach(self) -> Self {
+        let mut tree = self;
         let enforcer = Enforcer::start(tree.config()).unwrap();
         tree.events = Some(enforcer.events());
         tree.enforcer = Some(enforcer);
@@ -160,7 +248,7 @@ impl Tree {
             gate: self.gate.clone(),
             bpffs: bpffs_of(std::process::id()),
             proxy: self.proxy.addresses(),
-            resolver: None,
+            resolver: self.resolver.as_ref().map(Resolver::addresses),
         }
     }
 
