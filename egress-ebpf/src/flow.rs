@@ -8,11 +8,13 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_tcp_sock};
 use aya_ebpf::programs::SockOpsContext;
 
+use egress_ebpf::Destination;
+
 use crate::packet::Endpoint;
 use crate::refuse::{Refusal, add, counts_of, note};
 use crate::{
-    ACCEPTED, AF_INET, AF_INET6, AcceptedSocket, CLIENTS, ClientSocket, FLOWS, FlowKey, Hook, IPPROTO_TCP, MAPPED_WORD,
-    Reason, word,
+    ACCEPTED, AF_INET, AF_INET6, AcceptedSocket, FLOWS, FlowKey, FlowRecord, Hook, IPPROTO_TCP, MAPPED_WORD, Reason,
+    client, word,
 };
 
 const TCP_ESTABLISHED: u32 = 1;
@@ -30,14 +32,6 @@ fn socket(ctx: &SockOpsContext) -> Option<*mut bpf_sock> {
     // SAFETY: a field of the context; null when the socket is not a full one.
     let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
     if sk.is_null() { None } else { Some(sk) }
-}
-
-#[inline(always)]
-fn client(sk: *mut bpf_sock) -> Option<*mut ClientSocket> {
-    // SAFETY: `sk` is a socket of the context; no value is made.
-    let stored =
-        unsafe { bpf_sk_storage_get((&raw const CLIENTS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0) };
-    if stored.is_null() { None } else { Some(stored.cast()) }
 }
 
 /// The two ends of the context's socket: (local address, local port, remote address, remote port).
@@ -115,17 +109,18 @@ pub fn on_client(ctx: &SockOpsContext) {
 fn begin(ctx: &SockOpsContext) {
     let Some(sk) = socket(ctx) else { return };
     let Some(stored) = client(sk) else { return };
-    // SAFETY: checked for null above.
-    let leaf = unsafe {
+    // SAFETY: checked for null above. The connect that wrote the destination holds the socket's lock still.
+    let (leaf, original) = unsafe {
         (*stored).fin_seen = 0;
-        (*stored).leaf
+        ((*stored).leaf, (*stored).original)
     };
     let Some(counts) = counts_of(leaf) else { return };
     // SAFETY: a field of a map's value.
     add(unsafe { &raw mut (*counts).flows_begun }, 1);
     let key = key_of_client(ctx);
+    let record = FlowRecord { key, leaf, original };
     // Without the end of the flow its record would stay, so it gets none: the gate then gives no service.
-    if ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() || FLOWS.insert(key, leaf, 0).is_err() {
+    if ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32).is_err() || FLOWS.insert(key, record, 0).is_err() {
         let family = word!(ctx.ops, family);
         let to = if family == AF_INET { Endpoint::v4(key.server_ip[3], 0) } else { Endpoint::NONE };
         note(&Refusal { leaf, hook: Hook::SockOps, reason: Reason::MapFull, family, protocol: IPPROTO_TCP, to });
@@ -205,17 +200,36 @@ pub fn on_gate(ctx: &SockOpsContext) {
     }
     let (server_ip, server_port, client_ip, client_port) = ends(ctx);
     let key = FlowKey { netns_cookie: cookie(ctx), client_ip, server_ip, client_port, server_port };
-    // SAFETY: the value is one word, copied at once.
-    let Some(&leaf) = (unsafe { FLOWS.get(key) }) else { return };
+    // SAFETY: the element may be reused while it is read; what it says of its key is read last and compared.
+    let Some(record) = (unsafe { FLOWS.get(key) }) else { return };
+    let record: *const FlowRecord = record;
+    let original = Destination {
+        address: [
+            word!(record, original.address[0]),
+            word!(record, original.address[1]),
+            word!(record, original.address[2]),
+            word!(record, original.address[3]),
+        ],
+        family: word!(record, original.family),
+        port: word!(record, original.port),
+    };
+    let mut accepted = AcceptedSocket { leaf: word!(record, leaf), original };
+    let same_client = word!(record, key.client_ip[0]) == key.client_ip[0]
+        && word!(record, key.client_ip[1]) == key.client_ip[1]
+        && word!(record, key.client_ip[2]) == key.client_ip[2]
+        && word!(record, key.client_ip[3]) == key.client_ip[3]
+        && word!(record, key.client_port) == key.client_port;
+    if !same_client || word!(record, key.netns_cookie) != key.netns_cookie {
+        return;
+    }
     let _ = FLOWS.remove(key);
     let Some(sk) = socket(ctx) else { return };
-    let mut record = AcceptedSocket { leaf };
     // SAFETY: the record outlives the call. When it cannot be stored the socket has none and gets no service.
     unsafe {
         bpf_sk_storage_get(
             (&raw const ACCEPTED).cast_mut().cast(),
             sk.cast(),
-            (&raw mut record).cast(),
+            (&raw mut accepted).cast(),
             u64::from(BPF_SK_STORAGE_GET_F_CREATE),
         );
     }

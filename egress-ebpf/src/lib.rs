@@ -20,6 +20,18 @@ pub const EVENT_BYTES: usize = 1 << 19;
 /// Events that one leaf can put in the ring buffer; what comes after is only counted, so that a noisy leaf cannot hide
 /// another's.
 pub const EVENTS_PER_LEAF: u64 = 1_024;
+/// Addresses and networks that all leaves together may reach, each counted once a port.
+pub const MAX_REACH: usize = 131_072;
+/// Of them, those of one leaf.
+pub const MAX_REACH_PER_LEAF: usize = 4_096;
+/// DNS queries that have left a leaf and that the resolver has not taken yet.
+pub const MAX_QUERIES: usize = 65_536;
+/// Of them, those of one leaf; the next is refused, so that a leaf cannot fill the map for the others.
+pub const MAX_QUERIES_PER_LEAF: u64 = 256;
+/// DNS servers that one socket can ask: one port of the resolver stands for each.
+pub const MAX_SLOTS: usize = 8;
+/// Where every DNS server listens (RFC 1035 §4.2).
+pub const DNS_PORT: u16 = 53;
 /// Levels of cgroup ancestors that the probe looks at.
 pub const MAX_LEVEL: u32 = 32;
 
@@ -27,6 +39,8 @@ pub const MAX_LEVEL: u32 = 32;
 pub const KIND_NONE: u32 = 1;
 /// `LeafEntry::kind`: TCP to the gate's proxy and nothing else.
 pub const KIND_PROXY_ONLY: u32 = 2;
+/// `LeafEntry::kind`: TCP to what the map of reach has for the leaf, carried to the proxy; DNS, to the resolver.
+pub const KIND_ALLOWLIST: u32 = 3;
 
 /// Where a refusal was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,7 +88,7 @@ pub enum Reason {
     ProfileNone = 5,
     /// The address or port is not the gate's proxy.
     NotTheProxy = 6,
-    /// A datagram; none may leave.
+    /// A datagram that is no DNS query, or a profile under which none may leave.
     Datagram = 7,
     /// Not a TCP or UDP socket of the IPv4 or IPv6 family.
     SocketKind = 8,
@@ -86,10 +100,18 @@ pub enum Reason {
     MapFull = 11,
     /// The leaf has [`MAX_FLOWS_PER_LEAF`] connections.
     TooManyFlows = 12,
+    /// The leaf's profile has nothing at that address and port.
+    NotInProfile = 13,
+    /// The socket has asked [`MAX_SLOTS`] DNS servers; this would be one more.
+    TooManyServers = 14,
+    /// The leaf has [`MAX_QUERIES_PER_LEAF`] DNS queries that the resolver has not taken.
+    TooManyQueries = 15,
+    /// Another leaf or socket has a DNS query under way that the resolver could not tell from this one.
+    QueryInFlight = 16,
 }
 
 impl Reason {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::NoEntry,
         Self::Expired,
         Self::ForeignGeneration,
@@ -102,6 +124,10 @@ impl Reason {
         Self::Malformed,
         Self::MapFull,
         Self::TooManyFlows,
+        Self::NotInProfile,
+        Self::TooManyServers,
+        Self::TooManyQueries,
+        Self::QueryInFlight,
     ];
 }
 
@@ -133,6 +159,15 @@ pub struct Control {
     /// Network byte order in the low 16 bits, as `bpf_sock_addr.user_port` has it. Zero: no proxy there.
     pub proxy_port4: u32,
     pub proxy_port6: u32,
+    /// Network byte order.
+    pub resolver_ip4: u32,
+    /// Network byte order.
+    pub resolver_ip6: [u32; 4],
+    /// Of the first slot, host byte order. Zero: no resolver there.
+    pub resolver_port4: u32,
+    pub resolver_port6: u32,
+    /// Ports of the resolver from the first on, at most [`MAX_SLOTS`]. Zero: DNS is refused.
+    pub resolver_slots: u32,
 }
 
 /// What a leaf did. Key 0 holds what had no leaf with an entry.
@@ -155,6 +190,8 @@ pub struct Counts {
     pub wire_bytes_in: u64,
     pub events: u64,
     pub events_lost: u64,
+    /// DNS queries of which a record was made for the resolver.
+    pub queries: u64,
 }
 
 /// One refusal.
@@ -190,14 +227,49 @@ pub struct FlowKey {
     pub server_port: u32,
 }
 
+/// An address and port. An IPv4-mapped IPv6 address is held as the IPv4 address that it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Destination {
+    /// Network byte order; an IPv4 address is in the first word.
+    pub address: [u32; 4],
+    /// AF_INET, AF_INET6, or 0: none.
+    pub family: u32,
+    /// Network byte order in the low 16 bits.
+    pub port: u32,
+}
+
+/// A connection that has begun and that the gate has not accepted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct FlowRecord {
+    /// The key again, first: an element that was freed and reused while it was being read does not match afterwards.
+    pub key: FlowKey,
+    pub leaf: u64,
+    pub original: Destination,
+}
+
 /// What is kept on a socket that was made in a leaf.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ClientSocket {
     pub leaf: u64,
+    pub netns_cookie: u64,
     /// Sequence number after the peer's FIN, when `fin_seen` is not zero.
     pub fin_end: u32,
     pub fin_seen: u32,
+    /// Where a carried connection was meant to go; no family when it was meant for the proxy.
+    pub original: Destination,
+}
+
+/// The DNS servers that a UDP socket has asked, by slot. They stay as long as the socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct AskedServers {
+    pub address: [[u32; 4]; MAX_SLOTS],
+    /// 0 in a slot that is not used.
+    pub family: [u32; MAX_SLOTS],
+    pub used: u32,
 }
 
 /// What is kept on a socket that the gate accepted.
@@ -205,6 +277,46 @@ pub struct ClientSocket {
 #[repr(C)]
 pub struct AcceptedSocket {
     pub leaf: u64,
+    /// Where the client meant to go; no family when it meant the proxy.
+    pub original: Destination,
+}
+
+/// A DNS query on its way to the resolver, as the resolver will see it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct QueryKey {
+    pub netns_cookie: u64,
+    /// Network byte order, IPv4 as `::ffff:a.b.c.d`.
+    pub source_ip: [u32; 4],
+    /// Host byte order, both.
+    pub source_port: u16,
+    pub slot_port: u16,
+    /// The first two octets of the message as a big-endian number (RFC 1035 §4.1.1).
+    pub id: u16,
+    pub reserved: u16,
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct QueryRecord {
+    pub leaf: u64,
+    /// On CLOCK_BOOTTIME.
+    pub at_ns: u64,
+    /// The server that was asked; its port is [`DNS_PORT`].
+    pub server: Destination,
+}
+
+/// What a leaf may reach, in a trie of longest prefixes: both halves of the leaf's id, the family, a port in host byte
+/// order or 0 for all of them, and the address. An entry's value is its leaf.
+pub type ReachKey = [u32; 8];
+/// Bits of a [`ReachKey`] before the address.
+pub const REACH_BITS_BEFORE_ADDRESS: u32 = 128;
+
+/// Builds a key of the map of reach. `address` in network byte order, an IPv4 one in the first word.
+pub const fn reach_key(leaf: u64, family: u32, port: u16, address: [u32; 4]) -> ReachKey {
+    let [a, b, c, d] = address;
+    [leaf as u32, (leaf >> 32) as u32, family, port as u32, a, b, c, d]
 }
 
 /// `::ffff:0:0/96` as words of an address in network byte order.

@@ -8,20 +8,24 @@
 #![feature(core_intrinsics)]
 #![allow(internal_features)]
 
+mod carry;
 mod flow;
 mod packet;
+mod query;
 mod refuse;
 
-use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage};
+use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, RingBuf, SkStorage};
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_boot_ns, bpf_sk_storage_get, bpf_skb_ancestor_cgroup_id,
+    bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_ktime_get_boot_ns, bpf_sk_storage_get,
+    bpf_skb_ancestor_cgroup_id,
 };
 use aya_ebpf::macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops};
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext};
 use egress_ebpf::{
-    AcceptedSocket, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS,
-    Hook, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD, MAX_FLOWS, MAX_FLOWS_PER_LEAF, MAX_LEAVES, MAX_LEVEL,
-    Reason,
+    AcceptedSocket, AskedServers, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, FlowRecord,
+    HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD,
+    MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey, QueryRecord, ReachKey, Reason,
 };
 
 use crate::refuse::{Refusal, refuse};
@@ -48,7 +52,19 @@ static LEAVES: HashMap<u64, LeafEntry, MAX_LEAVES, NO_PREALLOC> = HashMap::new()
 #[btf_map]
 static COUNTS: HashMap<u64, Counts, { MAX_LEAVES + 1 }, NO_PREALLOC> = HashMap::new();
 #[btf_map]
-static FLOWS: HashMap<FlowKey, u64, MAX_FLOWS, NO_PREALLOC> = HashMap::new();
+static FLOWS: HashMap<FlowKey, FlowRecord, MAX_FLOWS, NO_PREALLOC> = HashMap::new();
+/// What leaves with an allowlist may reach. A value is the leaf of its key.
+#[btf_map]
+static REACH: LpmTrie<ReachKey, u64, MAX_REACH> = LpmTrie::new();
+/// Who asks, until the resolver takes it.
+#[btf_map]
+static QUERIES: HashMap<QueryKey, QueryRecord, MAX_QUERIES, NO_PREALLOC> = HashMap::new();
+/// How many records of a leaf have been taken; written by the gate alone.
+#[btf_map]
+static TAKEN: HashMap<u64, u64, MAX_LEAVES, NO_PREALLOC> = HashMap::new();
+/// On UDP sockets that have asked a DNS server.
+#[btf_map]
+static SERVERS: SkStorage<AskedServers> = SkStorage::new();
 #[btf_map]
 static CLIENTS: SkStorage<ClientSocket> = SkStorage::new();
 #[btf_map]
@@ -67,6 +83,37 @@ macro_rules! word {
     };
 }
 pub(crate) use word;
+
+/// Every word of it, read unconditionally: a choice between two fields would become an offset that is computed.
+#[inline(always)]
+fn control() -> Option<Control> {
+    let control: *const Control = CONTROL.get(0)?;
+    let ip6 = [
+        word!(control, proxy_ip6[0]),
+        word!(control, proxy_ip6[1]),
+        word!(control, proxy_ip6[2]),
+        word!(control, proxy_ip6[3]),
+    ];
+    let resolver_ip6 = [
+        word!(control, resolver_ip6[0]),
+        word!(control, resolver_ip6[1]),
+        word!(control, resolver_ip6[2]),
+        word!(control, resolver_ip6[3]),
+    ];
+    Some(Control {
+        generation: word!(control, generation),
+        level: word!(control, level),
+        proxy_ip4: word!(control, proxy_ip4),
+        proxy_ip6: ip6,
+        proxy_port4: word!(control, proxy_port4),
+        proxy_port6: word!(control, proxy_port6),
+        resolver_ip4: word!(control, resolver_ip4),
+        resolver_ip6,
+        resolver_port4: word!(control, resolver_port4),
+        resolver_port6: word!(control, resolver_port6),
+        resolver_slots: word!(control, resolver_slots),
+    })
+}
 
 #[inline(always)]
 fn now_ns() -> u64 {
@@ -100,7 +147,7 @@ fn kind_of(control: &Control, leaf: u64) -> Result<u32, Reason> {
         return Err(Reason::Expired);
     }
     match kind {
-        KIND_NONE | KIND_PROXY_ONLY => Ok(kind),
+        KIND_NONE | KIND_PROXY_ONLY | KIND_ALLOWLIST => Ok(kind),
         _ => Err(Reason::NoEntry),
     }
 }
@@ -113,98 +160,69 @@ fn current_leaf(control: &Control) -> u64 {
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    let to = packet::destination4(&ctx);
-    on_connect(&ctx, Hook::Connect4, to)
+    carry::on_connect(&ctx, Hook::Connect4, packet::destination4(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    let to = packet::destination6(&ctx);
-    on_connect(&ctx, Hook::Connect6, to)
+    carry::on_connect(&ctx, Hook::Connect6, packet::destination6(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
-    let to = packet::destination4(&ctx);
-    on_sendmsg(&ctx, Hook::Sendmsg4, to)
+    query::on_sendmsg(&ctx, Hook::Sendmsg4, packet::destination4(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
-    let to = packet::destination6(&ctx);
-    on_sendmsg(&ctx, Hook::Sendmsg6, to)
+    query::on_sendmsg(&ctx, Hook::Sendmsg6, packet::destination6(&ctx))
 }
 
-#[inline(always)]
-fn on_connect(ctx: &SockAddrContext, hook: Hook, to: packet::Endpoint) -> i32 {
-    let Some(control) = CONTROL.get(0) else { return DENY };
-    let leaf = current_leaf(control);
-    let protocol = word!(ctx.sock_addr, protocol);
-    let family = word!(ctx.sock_addr, family);
-    let verdict = match kind_of(control, leaf) {
-        Err(reason) => Err(reason),
-        Ok(kind) => connect_verdict(ctx, control, leaf, kind, protocol, &to),
-    };
-    match verdict {
-        Ok(()) => ALLOW,
-        Err(reason) => refuse(&Refusal { leaf, hook, reason, family, protocol, to }),
-    }
+// The next four only say what the client expects to be told; the kernel gives them no way to refuse.
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    carry::on_getpeername(&ctx, false, packet::destination4(&ctx));
+    ALLOW
 }
 
-#[inline(always)]
-fn connect_verdict(
-    ctx: &SockAddrContext,
-    control: &Control,
-    leaf: u64,
-    kind: u32,
-    protocol: u32,
-    to: &packet::Endpoint,
-) -> Result<(), Reason> {
-    let made_in = client_leaf(ctx);
-    if made_in != leaf {
-        return Err(Reason::ForeignSocket);
-    }
-    if kind != KIND_PROXY_ONLY {
-        return Err(Reason::ProfileNone);
-    }
-    if protocol != IPPROTO_TCP {
-        return Err(Reason::Datagram);
-    }
-    if !to.is_proxy(control) {
-        return Err(Reason::NotTheProxy);
-    }
-    if refuse::open_flows(leaf) >= MAX_FLOWS_PER_LEAF {
-        return Err(Reason::TooManyFlows);
-    }
-    Ok(())
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    carry::on_getpeername(&ctx, true, packet::destination6(&ctx));
+    ALLOW
 }
 
-/// The leaf that the socket was made in; 0 when it was made in none.
-#[inline(always)]
-fn client_leaf(ctx: &SockAddrContext) -> u64 {
-    // SAFETY: the context's socket is a valid argument of the helper, and the result is checked for null.
-    unsafe {
-        let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
-        if sk.is_null() {
-            return 0;
-        }
-        let stored = bpf_sk_storage_get((&raw const CLIENTS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0)
-            .cast::<ClientSocket>();
-        if stored.is_null() { 0 } else { (*stored).leaf }
-    }
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    query::on_recvmsg(&ctx, false, packet::destination4(&ctx));
+    ALLOW
 }
 
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    query::on_recvmsg(&ctx, true, packet::destination6(&ctx));
+    ALLOW
+}
+
+/// What is kept on a socket that was made in a leaf.
 #[inline(always)]
-fn on_sendmsg(ctx: &SockAddrContext, hook: Hook, to: packet::Endpoint) -> i32 {
-    let Some(control) = CONTROL.get(0) else { return DENY };
-    let leaf = current_leaf(control);
-    let reason = match kind_of(control, leaf) {
-        Err(reason) => reason,
-        Ok(KIND_NONE) => Reason::ProfileNone,
-        Ok(_) => Reason::Datagram,
-    };
-    let (family, protocol) = (word!(ctx.sock_addr, family), word!(ctx.sock_addr, protocol));
-    refuse(&Refusal { leaf, hook, reason, family, protocol, to })
+fn client(sk: *mut bpf_sock) -> Option<*mut ClientSocket> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: a socket of the context; no value is made.
+    let stored =
+        unsafe { bpf_sk_storage_get((&raw const CLIENTS).cast_mut().cast(), sk.cast(), core::ptr::null_mut(), 0) };
+    if stored.is_null() { None } else { Some(stored.cast()) }
+}
+
+/// The same, when the socket was made in this leaf.
+#[inline(always)]
+fn client_of(sk: *mut bpf_sock, leaf: u64) -> Result<*mut ClientSocket, Reason> {
+    let Some(stored) = client(sk) else { return Err(Reason::ForeignSocket) };
+    // SAFETY: checked for null above.
+    let made_in = unsafe { (*stored).leaf };
+    if made_in == leaf { Ok(stored) } else { Err(Reason::ForeignSocket) }
 }
 
 #[cgroup_sock(sock_create)]
@@ -212,25 +230,13 @@ pub fn sock_create(ctx: SockContext) -> i32 {
     let family = word!(ctx.sock, family);
     let kind = word!(ctx.sock, type_);
     let protocol = word!(ctx.sock, protocol);
-    let Some(control) = CONTROL.get(0) else { return DENY };
-    let leaf = current_leaf(control);
+    let Some(control) = control() else { return DENY };
+    let leaf = current_leaf(&control);
     let usual = (kind == SOCK_STREAM && protocol == IPPROTO_TCP) || (kind == SOCK_DGRAM && protocol == IPPROTO_UDP);
-    let verdict = match kind_of(control, leaf) {
+    let verdict = match kind_of(&control, leaf) {
         Err(reason) => Err(reason),
         Ok(_) if !usual || (family != AF_INET && family != AF_INET6) => Err(Reason::SocketKind),
-        Ok(_) => {
-            let mut record = ClientSocket { leaf, fin_end: 0, fin_seen: 0 };
-            // SAFETY: the context is the socket; the record outlives the call.
-            let stored = unsafe {
-                bpf_sk_storage_get(
-                    (&raw const CLIENTS).cast_mut().cast(),
-                    ctx.sock.cast(),
-                    (&raw mut record).cast(),
-                    u64::from(aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE),
-                )
-            };
-            if stored.is_null() { Err(Reason::MapFull) } else { Ok(()) }
-        }
+        Ok(_) => remember(&ctx, leaf),
     };
     match verdict {
         Ok(()) => ALLOW,
@@ -239,6 +245,26 @@ pub fn sock_create(ctx: SockContext) -> i32 {
             refuse(&Refusal { leaf, hook: Hook::SockCreate, reason, family, protocol, to })
         }
     }
+}
+
+#[inline(always)]
+fn remember(ctx: &SockContext, leaf: u64) -> Result<(), Reason> {
+    // SAFETY: the context is the socket; without a value the kernel makes one of zeroes.
+    unsafe {
+        let stored = bpf_sk_storage_get(
+            (&raw const CLIENTS).cast_mut().cast(),
+            ctx.sock.cast(),
+            core::ptr::null_mut(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+        .cast::<ClientSocket>();
+        if stored.is_null() {
+            return Err(Reason::MapFull);
+        }
+        (*stored).netns_cookie = bpf_get_netns_cookie(ctx.sock.cast());
+        (*stored).leaf = leaf;
+    }
+    Ok(())
 }
 
 /// Runs in a cgroup that the gate made to find out how deep a leaf is. It records and refuses.
@@ -266,17 +292,17 @@ pub fn ingress(ctx: SkBuffContext) -> i32 {
 
 #[inline(always)]
 fn on_packet(ctx: &SkBuffContext, hook: Hook) -> i32 {
-    let Some(control) = CONTROL.get(0) else { return DENY };
+    let Some(control) = control() else { return DENY };
     // SAFETY: the context is the packet, and it has a socket: a cgroup program runs for no other.
     let leaf = unsafe { bpf_skb_ancestor_cgroup_id(ctx.skb.skb, control.level as i32) };
     let header = packet::parse(ctx, hook);
-    let verdict = match kind_of(control, leaf) {
+    let verdict = match kind_of(&control, leaf) {
         Err(reason) => Err(reason),
         Ok(KIND_NONE) => Err(Reason::ProfileNone),
         Ok(_) if !header.readable => Err(Reason::Malformed),
-        Ok(_) if header.protocol == IPPROTO_UDP => Err(Reason::Datagram),
+        Ok(kind) if header.protocol == IPPROTO_UDP => query::on_packet(ctx, hook, &control, leaf, kind, &header),
         Ok(_) if header.protocol != IPPROTO_TCP => Err(Reason::SocketKind),
-        Ok(_) if !header.peer.is_proxy(control) => Err(Reason::NotTheProxy),
+        Ok(_) if !header.peer.is_proxy(&control) => Err(Reason::NotTheProxy),
         Ok(_) => Ok(()),
     };
     match verdict {

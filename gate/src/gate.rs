@@ -22,7 +22,7 @@ use crate::egress::flows::Flows;
 use crate::egress::kernel::{self, Enforcer, KernelConfig};
 use crate::egress::proxy::{self, Proxy, ProxyConfig};
 use crate::egress::refusals::Refusals;
-use crate::egress::{Attribution, LeafId};
+use crate::egress::{Attribution, Caller};
 use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
@@ -85,8 +85,8 @@ fn part<E: std::fmt::Display>(part: &'static str) -> impl Fn(E) -> StartError {
 struct Later(OnceLock<Arc<Enforcer>>);
 
 impl Attribution for Later {
-    fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId> {
-        self.0.get()?.leaf_of(accepted)
+    fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
+        self.0.get()?.caller(accepted)
     }
 }
 
@@ -172,6 +172,7 @@ impl Gate {
             gate: cgroups.gate().to_owned(),
             bpffs: config.egress.bpffs.clone(),
             proxy: kernel::ProxyAddresses { v4: addresses.v4, v6: addresses.v6 },
+            resolver: None,
         };
         let enforcer = tokio::task::spawn_blocking(move || Enforcer::start(kernel_config))
             .await

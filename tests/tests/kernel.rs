@@ -7,8 +7,12 @@
 mod actor;
 #[path = "kernel/attribution.rs"]
 mod attribution;
+#[path = "kernel/carry.rs"]
+mod carry;
 #[path = "kernel/closing.rs"]
 mod closing;
+#[path = "kernel/dns.rs"]
+mod dns;
 #[path = "kernel/tree.rs"]
 mod tree;
 

@@ -11,8 +11,15 @@
 //!
 //! Who is calling. The program keeps the leaf on the socket when it is made (`sock_create`), writes it to a map under
 //! the network namespace and the whole 4-tuple when the source port is known (`sock_ops` on `actions`), and moves it
-//! onto the socket that the gate accepts (`sock_ops` on the gate's own cgroup). [`Attribution::leaf_of`] reads it from
+//! onto the socket that the gate accepts (`sock_ops` on the gate's own cgroup). [`Attribution::caller`] reads it from
 //! there. Nothing that the client says takes part.
+//!
+//! Carrying. A client that ignores proxies connects to an address. If the leaf reaches it ([`Enforcer::reach`]), the
+//! connect is sent to the proxy, the socket keeps where it was meant to go and `getpeername` says so, and the record
+//! tells the proxy. DNS over UDP goes to the resolver, one port ("slot") for each server that a socket asks, so that an
+//! answer can be shown to come from the server asked; who asked is written down when the query leaves the leaf, under
+//! what the resolver sees of it ([`DatagramAttribution::asker`]). A profile's addresses are the only ones: what is in
+//! no map is refused.
 //!
 //! Loading needs CAP_BPF and CAP_NET_ADMIN, and is always done by a thread that has given up everything else.
 
@@ -20,7 +27,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::net::{SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,8 +37,9 @@ use aya::maps::{HashMap, MapData, MapError, SkStorage};
 use latchgate_egress_types as types;
 use tokio::sync::broadcast;
 
-use super::{Attribution, LeafId};
+use super::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey, LeafId};
 
+mod address;
 mod counts;
 mod events;
 mod heartbeat;
@@ -39,6 +47,8 @@ mod load;
 mod pins;
 mod pod;
 mod probe;
+mod queries;
+mod reach;
 mod sys;
 #[cfg(test)]
 mod tests;
@@ -47,16 +57,51 @@ pub use counts::{Denied, KernelCounts};
 pub use events::KernelEvent;
 
 use heartbeat::Heartbeat;
+use queries::Queries;
+use reach::Reach;
 
 /// The kernel program, as `cargo xtask ebpf` built it.
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/egress/kernel/latchgate.bpf.o"));
 
-/// Where the proxy listens. The only address that a leaf can reach.
+/// Where the proxy listens. All that a leaf does over TCP goes there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProxyAddresses {
     pub v4: SocketAddrV4,
     pub v6: Option<SocketAddrV6>,
+}
+
+/// Where the resolver for leaves listens: `slots` ports from the base on, in each family. Never with SO_REUSEADDR, or
+/// another process can bind the same address and get the queries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResolverAddresses {
+    pub v4_base: SocketAddrV4,
+    /// `None`: IPv6 servers cannot be asked.
+    pub v6_base: Option<SocketAddrV6>,
+    /// Servers that one socket can ask, 1 to [`ResolverAddresses::SLOTS`]; a query to one more is refused.
+    pub slots: u16,
+}
+
+impl ResolverAddresses {
+    /// The most, and the usual number.
+    pub const SLOTS: u16 = 8;
+
+    fn check(&self) -> Result<(), KernelError> {
+        if !(1..=Self::SLOTS).contains(&self.slots) {
+            return Err(KernelError::Resolver("has no or too many slots"));
+        }
+        let bases = [Some(self.v4_base.port()), self.v6_base.map(|v6| v6.port())];
+        for base in bases.into_iter().flatten() {
+            // Port 53 is what is carried; the resolver's own must not look like it.
+            let Some(last) = base.checked_add(self.slots - 1) else {
+                return Err(KernelError::Resolver("has ports beyond 65535"));
+            };
+            if base == 0 || (base..=last).contains(&types::DNS_PORT) {
+                return Err(KernelError::Resolver("cannot have port 0 or 53"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What the program is attached to.
@@ -71,6 +116,8 @@ pub struct KernelConfig {
     /// A bpffs, or a directory where one can be mounted.
     pub bpffs: PathBuf,
     pub proxy: ProxyAddresses,
+    /// `None`: DNS is refused like every other datagram.
+    pub resolver: Option<ResolverAddresses>,
 }
 
 /// What the kernel lets a leaf do.
@@ -80,6 +127,9 @@ pub enum KernelProfile {
     None,
     /// TCP to the gate's proxy and nothing else.
     ProxyOnly,
+    /// TCP to the gate's proxy; TCP to what [`Enforcer::reach`] was told, carried to the proxy; DNS to the resolver,
+    /// over TCP by way of the proxy.
+    Allowlist,
 }
 
 impl KernelProfile {
@@ -87,6 +137,7 @@ impl KernelProfile {
         match self {
             Self::None => types::KIND_NONE,
             Self::ProxyOnly => types::KIND_PROXY_ONLY,
+            Self::Allowlist => types::KIND_ALLOWLIST,
         }
     }
 }
@@ -124,6 +175,16 @@ pub enum KernelError {
     NotAdmitted(LeafId),
     #[error("too many leaves are admitted")]
     Full,
+    #[error("the profile of leaf {} has no addresses", .0.0)]
+    NotAllowlist(LeafId),
+    #[error("leaf {} cannot reach more addresses", .0.0)]
+    ReachFull(LeafId),
+    #[error("{0}/{1} is no network")]
+    Network(IpAddr, u8),
+    #[error("0 is no port")]
+    PortZero,
+    #[error("the resolver {0}")]
+    Resolver(&'static str),
     #[error("{0} is no longer attached")]
     Detached(String),
     #[error("the heartbeat was last written {0:?} ago")]
@@ -142,6 +203,8 @@ pub struct Enforcer {
     leaves: Mutex<HashMap<MapData, u64, pod::LeafEntry>>,
     counts: Mutex<HashMap<MapData, u64, pod::Counts>>,
     accepted: SkStorage<MapData, pod::AcceptedSocket>,
+    reach: Mutex<Reach>,
+    queries: Queries,
     generation: u64,
     program_hash: String,
     pins: pins::Pins,
@@ -155,6 +218,9 @@ impl Enforcer {
     /// Loads, attaches and pins the program, starts the heartbeat, and only then takes away what a dead predecessor of
     /// the same instance left: at no moment is `actions` without a program.
     pub fn start(config: KernelConfig) -> Result<Self, KernelError> {
+        if let Some(resolver) = &config.resolver {
+            resolver.check()?;
+        }
         let lock = pins::lock(&config)?;
         let bpffs = pins::bpffs(&config)?;
         let generation = pins::new_generation()?;
@@ -164,11 +230,14 @@ impl Enforcer {
         })?;
         let heartbeat = Heartbeat::start(loaded.heartbeat, loaded.control)?;
         let events = events::Reader::start(loaded.events)?;
+        let queries = Queries::start(loaded.queries)?;
         loaded.pins.sweep_predecessors()?;
         Ok(Self {
             leaves: Mutex::new(loaded.leaves),
             counts: Mutex::new(loaded.counts),
             accepted: loaded.accepted,
+            reach: Mutex::new(loaded.reach),
+            queries,
             generation,
             program_hash: crate::hash::sha256_tagged(OBJECT),
             pins: loaded.pins,
@@ -195,17 +264,37 @@ impl Enforcer {
         locked(&self.counts)
             .insert(leaf.0, pod::Counts::default(), NOEXIST)
             .map_err(|source| refused(leaf, "COUNTS", source))?;
-        let admitted = locked(&self.leaves).insert(leaf.0, pod::LeafEntry(entry), NOEXIST);
-        admitted.map_err(|source| {
-            let _ = locked(&self.counts).remove(&leaf.0);
-            refused(leaf, "LEAVES", source)
-        })
+        // The leaf's own entry is the last: until it is there, nothing else means anything.
+        let admitted = self.queries.admit(leaf).map_err(|source| refused(leaf, "TAKEN", source)).and_then(|()| {
+            let inserted = locked(&self.leaves).insert(leaf.0, pod::LeafEntry(entry), NOEXIST);
+            inserted.map_err(|source| refused(leaf, "LEAVES", source))
+        });
+        match &admitted {
+            Ok(()) => locked(&self.reach).admit(leaf, profile),
+            Err(_) => {
+                self.queries.retire(leaf);
+                let _ = locked(&self.counts).remove(&leaf.0);
+            }
+        }
+        admitted
+    }
+
+    /// Lets an admitted leaf of profile [`KernelProfile::Allowlist`] connect to every address of `network`, an address
+    /// and the length of its prefix in bits, at `ports` (none: at all of them); it is carried to the proxy. Overlapping
+    /// networks add up. Gone when the leaf is retired.
+    ///
+    /// # Errors
+    /// Nothing is changed then: [`KernelError::ReachFull`] when the leaf or all leaves together have as many as fit.
+    pub fn reach(&self, leaf: LeafId, network: (IpAddr, u8), ports: &[u16]) -> Result<(), KernelError> {
+        locked(&self.reach).insert(leaf, network, ports)
     }
 
     /// Takes the entry away, so that the leaf is closed, and then reads and deletes what was counted. To be called after
     /// the leaf's processes were killed and the proxy has closed and noted its connections.
     pub fn retire(&self, leaf: LeafId) -> Result<KernelCounts, KernelError> {
         let removed = locked(&self.leaves).remove(&leaf.0);
+        locked(&self.reach).retire(leaf);
+        self.queries.retire(leaf);
         let mut counts = locked(&self.counts);
         let counted = counts.get(&leaf.0, 0);
         let _ = counts.remove(&leaf.0);
@@ -253,9 +342,16 @@ impl Enforcer {
 }
 
 impl Attribution for Enforcer {
-    fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId> {
-        let record = self.accepted.get(&accepted.as_raw_fd(), 0).ok()?;
-        (record.0.leaf != 0).then_some(LeafId(record.0.leaf))
+    fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
+        let record = self.accepted.get(&accepted.as_raw_fd(), 0).ok()?.0;
+        let original = address::destination(&record.original);
+        (record.leaf != 0).then_some(Caller { leaf: LeafId(record.leaf), original })
+    }
+}
+
+impl DatagramAttribution for Enforcer {
+    fn asker(&self, query: &DatagramKey) -> Option<Asker> {
+        self.queries.take(query)
     }
 }
 
@@ -264,12 +360,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn refused(leaf: LeafId, map: &'static str, source: MapError) -> KernelError {
-    let errno = match &source {
+fn errno_of(error: &MapError) -> Option<i32> {
+    match error {
         MapError::SyscallError(error) => error.io_error.raw_os_error(),
         _ => None,
-    };
-    match errno {
+    }
+}
+
+fn refused(leaf: LeafId, map: &'static str, source: MapError) -> KernelError {
+    match errno_of(&source) {
         Some(libc::EEXIST) => KernelError::AlreadyAdmitted(leaf),
         Some(libc::E2BIG) => KernelError::Full,
         _ => KernelError::Map { map, source },

@@ -47,6 +47,21 @@ impl Actor {
         std::fs::write(cgroup.join("cgroup.procs"), self.child.id().to_string()).unwrap();
     }
 
+    /// Does something in the actor's network namespace, from this process: on the gate's side.
+    pub fn in_its_network<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = self.ask("thread");
+        let namespace = std::fs::File::open(format!("/proc/{}/task/{thread}/ns/net", self.child.id())).unwrap();
+        let thread = std::thread::spawn(move || {
+            rustix::thread::move_into_link_name_space(
+                std::os::fd::AsFd::as_fd(&namespace),
+                Some(rustix::thread::LinkNameSpaceType::Network),
+            )
+            .unwrap();
+            work()
+        });
+        thread.join().unwrap()
+    }
+
     pub fn tell(&mut self, command: &str) {
         writeln!(self.stdin, "{command}").unwrap();
     }
@@ -207,6 +222,54 @@ fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
             state.many.clear();
             ok
         }
+        // Connects and says whom the socket is connected to.
+        "peer" => Ok(connect(words[1])?.peer_addr()?.to_string()),
+        "peer-held" => Ok(state.stream.as_ref().unwrap().peer_addr()?.to_string()),
+        // Connects a socket, disconnects it, connects it to somebody else and says to whom.
+        "reconnect" => {
+            let socket = socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+            connect_raw(&socket, words[1].parse().unwrap())?;
+            disconnect(&socket)?;
+            connect_raw(&socket, words[2].parse().unwrap())?;
+            Ok(TcpStream::from(socket).peer_addr()?.to_string())
+        }
+        "fast-open-peer" => Ok(TcpStream::from(fast_open(words[1].parse().unwrap())?).peer_addr()?.to_string()),
+        "burst-carried" => burst_carried(words[1].parse().unwrap(), number(2), words[3].parse().unwrap()),
+        "thread" => Ok(rustix::thread::gettid().as_raw_nonzero().to_string()),
+        // Another network namespace with nothing but lo.
+        "isolate" => {
+            isolate()?;
+            ok
+        }
+        // A UDP socket that stays.
+        "udp-bind" => {
+            let udp =
+                if words[2] == "shared" { bind_shared(words[1].parse().unwrap())? } else { UdpSocket::bind(words[1])? };
+            udp.set_read_timeout(Some(PATIENCE))?;
+            let at = udp.local_addr()?.to_string();
+            state.udp = Some(udp);
+            Ok(at)
+        }
+        "udp-join" => {
+            let udp = state.udp.as_ref().unwrap();
+            udp.connect(words[1])?;
+            Ok(udp.peer_addr()?.to_string())
+        }
+        // Sends a query with an id to a server, or to whom the socket is connected.
+        "udp-query" => {
+            query(state.udp.as_ref().unwrap(), words[1], words[2].parse().unwrap())?;
+            ok
+        }
+        "udp-ask" => {
+            let udp = state.udp.as_ref().unwrap();
+            query(udp, words[1], words[2].parse().unwrap())?;
+            answer(udp, words[2].parse().unwrap())
+        }
+        "udp-send" => {
+            state.udp.as_ref().unwrap().send_to(&vec![0; number(2)], words[1])?;
+            ok
+        }
+        "ask-many" => ask_many(number(1), words[2].parse().unwrap()),
         "burst" => burst(words[1].parse().unwrap(), number(2), words[3].parse().unwrap()),
         "transfer" => transfer(words[1], words[2], number(3), number(4)),
         "load" => {
@@ -216,6 +279,7 @@ fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
                 gate: words[3].into(),
                 bpffs: words[4].into(),
                 proxy: ProxyAddresses { v4: words[5].parse().unwrap(), v6: None },
+                resolver: None,
             };
             match Enforcer::start(config) {
                 Ok(enforcer) => {
@@ -268,7 +332,136 @@ fn connect_raw(socket: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn fast_open(to: SocketAddr) -> std::io::Result<()> {
+fn disconnect(socket: &OwnedFd) -> std::io::Result<()> {
+    let nobody = libc::sockaddr { sa_family: u16::try_from(libc::AF_UNSPEC).unwrap(), sa_data: [0; 14] };
+    // SAFETY: a valid address of the length that is given.
+    let result =
+        unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, u32::try_from(size_of_val(&nobody)).unwrap()) };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// With SO_REUSEADDR, which lets two UDP sockets have one address when both have it.
+fn bind_shared(to: SocketAddr) -> std::io::Result<UdpSocket> {
+    let (socket, address, one) = (socket(libc::AF_INET, libc::SOCK_DGRAM, 0)?, address_of(to), 1_i32);
+    let length = |value: usize| u32::try_from(value).unwrap();
+    // SAFETY: valid buffers of the lengths that are given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_REUSEADDR,
+            (&raw const one).cast(),
+            length(size_of_val(&one)),
+        ) | libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length(size_of_val(&address)))
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(socket.into()) }
+}
+
+fn isolate() -> std::io::Result<()> {
+    // SAFETY: this thread alone, the one that does what is asked.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    let done = Command::new("ip").args(["link", "set", "lo", "up"]).status()?;
+    if done.success() { Ok(()) } else { Err(std::io::Error::other(format!("ip: {done}"))) }
+}
+
+/// A DNS header and nothing more; `-`: to whom the socket is connected.
+fn query(udp: &UdpSocket, server: &str, id: u16) -> std::io::Result<()> {
+    let mut message = [0; 12];
+    message[..2].copy_from_slice(&id.to_be_bytes());
+    match server {
+        "-" => udp.send(&message)?,
+        server => udp.send_to(&message, server)?,
+    };
+    Ok(())
+}
+
+/// Who the answer came from, and what it says behind the header.
+fn answer(udp: &UdpSocket, id: u16) -> std::io::Result<String> {
+    let mut message = [0; 256];
+    let (length, from) = udp.recv_from(&mut message)?;
+    assert_eq!(message[..2], id.to_be_bytes());
+    Ok(format!("{from} {}", std::str::from_utf8(&message[12..length]).unwrap()))
+}
+
+/// Asks six servers at a time, over sockets of both families, connected ones and others, and compares what the resolver
+/// knows of the asker. `tag` 0 is somebody outside, who gets no answer.
+fn ask_many(rounds: usize, tag: u64) -> std::io::Result<String> {
+    let mut right = 0;
+    for round in 0..rounds {
+        let id = u16::try_from(round % 7).unwrap();
+        let v4 = round % 3 == 0;
+        let udp = UdpSocket::bind(if v4 { "0.0.0.0:0" } else { "[::]:0" })?;
+        udp.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let servers: Vec<SocketAddr> = (1..=6_u8)
+            .map(|at| match round % 3 {
+                0 => format!("9.9.{}.{at}:53", round % 200).parse().unwrap(),
+                1 => format!("[2620:fe::{:x}:{at}]:53", round % 200).parse().unwrap(),
+                _ => format!("[::ffff:9.9.{}.{at}]:53", round % 200).parse().unwrap(),
+            })
+            .collect();
+        // The last one connected; in flight at once, under one id: only the server tells them apart.
+        let (connected, others) = servers.split_last().unwrap();
+        for server in others {
+            query(&udp, &server.to_string(), id)?;
+        }
+        let mut expected: std::collections::HashSet<String> =
+            others.iter().map(|server| format!("{server} {tag} {}", canonical(*server))).collect();
+        for _ in others {
+            let said = answer(&udp, id)?;
+            if !expected.remove(&said) {
+                return Ok(format!("{said} was not expected"));
+            }
+            right += 1;
+        }
+        udp.connect(connected)?;
+        assert_eq!(udp.peer_addr()?, *connected);
+        query(&udp, "-", id)?;
+        let said = answer(&udp, id)?;
+        if said != format!("{connected} {tag} {}", canonical(*connected)) {
+            return Ok(format!("{said} was not expected"));
+        }
+        right += 1;
+    }
+    Ok(right.to_string())
+}
+
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// The `at`th of the addresses that a bursting leaf connects to.
+fn carried_to(at: usize) -> SocketAddr {
+    let (host, port) = (at % 250 + 1, 1_000 + at % 50);
+    match at % 3 {
+        0 => format!("198.18.7.{host}:{port}").parse().unwrap(),
+        1 => format!("[2001:db8::{host:x}]:{port}").parse().unwrap(),
+        _ => format!("[::ffff:198.18.7.{host}]:{port}").parse().unwrap(),
+    }
+}
+
+/// `count` connections to what is carried, each saying the leaf and the address that it meant (0: the proxy itself);
+/// half of them are closed before the proxy can have accepted them.
+fn burst_carried(port: u16, count: usize, tag: u64) -> std::io::Result<String> {
+    for at in 0..count {
+        let to = if tag == 0 || at % 5 == 4 { format!("127.0.0.1:{port}").parse().unwrap() } else { carried_to(at) };
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))?;
+        let peer = stream.peer_addr()?;
+        if peer != to {
+            return Ok(format!("{peer} instead of {to}"));
+        }
+        let said = format!("{tag} {}", canonical(to));
+        stream.write_all(&[u8::try_from(said.len()).unwrap()])?;
+        stream.write_all(said.as_bytes())?;
+        if at % 2 == 0 {
+            stream.read_exact(&mut [0; 1])?;
+        }
+    }
+    Ok(count.to_string())
+}
+
+fn fast_open(to: SocketAddr) -> std::io::Result<OwnedFd> {
     let (socket, address) = (socket(libc::AF_INET, libc::SOCK_STREAM, 0)?, address_of(to));
     // SAFETY: valid buffers of the lengths that are given.
     let result = unsafe {
@@ -281,7 +474,7 @@ fn fast_open(to: SocketAddr) -> std::io::Result<()> {
             u32::try_from(size_of_val(&address)).unwrap(),
         )
     };
-    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(socket) }
 }
 
 /// `count` connections to the proxy at `port`, v4, v6 and mapped in turn, each saying `tag`; half of them are closed

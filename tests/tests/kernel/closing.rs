@@ -167,7 +167,7 @@ fn a_link_that_is_gone_is_seen() {
     let tree = Tree::attached("unlinked");
     let pins = tree.pins();
     let run = std::fs::read_dir(&pins).unwrap().next().unwrap().unwrap().path();
-    assert_eq!(std::fs::read_dir(&run).unwrap().count(), 9);
+    assert_eq!(std::fs::read_dir(&run).unwrap().count(), 13);
     tree.enforcer().health().unwrap();
     std::fs::remove_file(run.join("egress")).unwrap();
     assert!(tree.enforcer().health().is_err());

@@ -1,14 +1,17 @@
 //! A cgroup tree, a bpffs and a proxy address of the test's own. What a killed run left is swept at the next start.
 
 use std::fs;
-use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener};
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use latchgate::egress::LeafId;
-use latchgate::egress::kernel::{Enforcer, KernelConfig, KernelEvent, KernelProfile, ProxyAddresses};
+use latchgate::egress::kernel::{
+    Enforcer, KernelConfig, KernelEvent, KernelProfile, ProxyAddresses, ResolverAddresses,
+};
 use tokio::sync::broadcast;
 
 const PREFIX: &str = "latchgate-test-kernel-";
@@ -22,16 +25,27 @@ fn root() -> PathBuf {
         .expect("a cgroup v2 tree")
 }
 
-/// `gate`, which this process moves into, and beside it an `actions` for each test.
+/// Gates that can be there at one time: each locks a directory that this process is in or below.
+const GATES: usize = 8;
+static FREE_GATES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// `gate`, in whose innermost child this process is, and beside it an `actions` for each test.
 pub fn base() -> &'static Path {
     static BASE: OnceLock<PathBuf> = OnceLock::new();
     BASE.get_or_init(|| {
         sweep(|pid| !Path::new(&format!("/proc/{pid}")).exists());
         let base = root().join(format!("{PREFIX}{}", std::process::id()));
-        fs::create_dir_all(base.join("gate")).unwrap();
+        let mut gate = base.join("gate");
+        let mut free = FREE_GATES.lock().unwrap();
+        for _ in 0..GATES {
+            fs::create_dir_all(&gate).unwrap();
+            free.push(gate.clone());
+            gate.push("gate");
+        }
+        let innermost = free.last().unwrap().join("cgroup.procs");
         fs::create_dir_all(base.join("outside")).unwrap();
         fs::create_dir_all(bpffs_of(std::process::id())).unwrap();
-        fs::write(base.join("gate/cgroup.procs"), std::process::id().to_string()).unwrap();
+        fs::write(innermost, std::process::id().to_string()).unwrap();
         // SAFETY: registers a plain function.
         unsafe { libc::atexit(at_exit) };
         base
@@ -111,11 +125,78 @@ impl Proxy {
     }
 }
 
+/// Where the gate's resolver would listen: eight ports in a row, the same in both families.
+pub struct Resolver {
+    pub v4: Vec<UdpSocket>,
+    pub v6: Vec<UdpSocket>,
+    pub base: u16,
+}
+
+impl Resolver {
+    pub fn bind() -> Self {
+        for _ in 0..100 {
+            let Ok(probe) = UdpSocket::bind("127.0.0.1:0") else { continue };
+            let base = probe.local_addr().unwrap().port();
+            drop(probe);
+            if let Some(bound) = Self::bind_at(base) {
+                return bound;
+            }
+        }
+        panic!("no eight ports in a row that are free in both families");
+    }
+
+    pub fn bind_at(base: u16) -> Option<Self> {
+        let all = |host: &str| -> Option<Vec<UdpSocket>> {
+            let ports = base..base.checked_add(ResolverAddresses::SLOTS)?;
+            let bind = |port| {
+                let socket = UdpSocket::bind(format!("{host}:{port}")).ok()?;
+                // The usual buffer holds fewer queries than a leaf may have under way.
+                rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 1 << 20).ok()?;
+                Some(socket)
+            };
+            ports.map(bind).collect()
+        };
+        Some(Self { v4: all("127.0.0.1")?, v6: all("[::1]")?, base })
+    }
+
+    pub fn addresses(&self) -> ResolverAddresses {
+        ResolverAddresses {
+            v4_base: SocketAddrV4::new([127, 0, 0, 1].into(), self.base),
+            v6_base: Some(SocketAddrV6::new([0, 0, 0, 0, 0, 0, 0, 1].into(), self.base, 0, 0)),
+            slots: ResolverAddresses::SLOTS,
+        }
+    }
+
+    pub fn sockets(&self) -> impl Iterator<Item = &UdpSocket> {
+        self.v4.iter().chain(&self.v6)
+    }
+}
+
+/// The kernel's name for the network namespace of a socket.
+pub fn netns_cookie(socket: &UdpSocket) -> u64 {
+    const SO_NETNS_COOKIE: i32 = 71;
+    let (mut cookie, mut length) = (0_u64, 8);
+    // SAFETY: a buffer of the length that is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(result, 0);
+    cookie
+}
+
 /// One test's `actions`, with the program attached.
 pub struct Tree {
     pub name: String,
     pub actions: PathBuf,
+    pub gate: PathBuf,
     pub proxy: Proxy,
+    pub resolver: Option<Resolver>,
     pub enforcer: Option<Enforcer>,
     pub events: Option<broadcast::Receiver<KernelEvent>>,
 }
@@ -124,11 +205,36 @@ impl Tree {
     pub fn empty(name: &str) -> Self {
         let actions = base().join(format!("actions-{name}"));
         fs::create_dir(&actions).unwrap();
-        Self { name: name.to_owned(), actions, proxy: Proxy::bind(), enforcer: None, events: None }
+        let gate = loop {
+            match FREE_GATES.lock().unwrap().pop() {
+                Some(gate) => break gate,
+                None => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        Self {
+            name: name.to_owned(),
+            actions,
+            gate,
+            proxy: Proxy::bind(),
+            resolver: None,
+            enforcer: None,
+            events: None,
+        }
     }
 
     pub fn attached(name: &str) -> Self {
+        Self::empty(name).attach()
+    }
+
+    /// With a resolver.
+    pub fn resolving(name: &str) -> Self {
         let mut tree = Self::empty(name);
+        tree.resolver = Some(Resolver::bind());
+        tree.attach()
+    }
+
+    fn attach(self) -> Self {
+        let mut tree = self;
         let enforcer = Enforcer::start(tree.config()).unwrap();
         tree.events = Some(enforcer.events());
         tree.enforcer = Some(enforcer);
@@ -139,9 +245,10 @@ impl Tree {
         KernelConfig {
             instance: self.name.clone(),
             actions: self.actions.clone(),
-            gate: base().join("gate"),
+            gate: self.gate.clone(),
             bpffs: bpffs_of(std::process::id()),
             proxy: self.proxy.addresses(),
+            resolver: self.resolver.as_ref().map(Resolver::addresses),
         }
     }
 
@@ -188,6 +295,7 @@ impl Drop for Tree {
         if let Some(enforcer) = self.enforcer.take() {
             let _ = enforcer.detach();
         }
+        FREE_GATES.lock().unwrap().push(self.gate.clone());
         let _ = fs::write(self.actions.join("cgroup.kill"), "1");
         for _ in 0..100 {
             remove_tree(&self.actions);

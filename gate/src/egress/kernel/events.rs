@@ -70,6 +70,10 @@ const fn reason_name(reason: types::Reason) -> &'static str {
         types::Reason::Malformed => "malformed",
         types::Reason::MapFull => "map_full",
         types::Reason::TooManyFlows => "too_many_flows",
+        types::Reason::NotInProfile => "not_in_profile",
+        types::Reason::TooManyServers => "too_many_servers",
+        types::Reason::TooManyQueries => "too_many_queries",
+        types::Reason::QueryInFlight => "query_in_flight",
     }
 }
 

@@ -14,13 +14,16 @@ use latchgate_egress_types as types;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use super::pins::Pins;
-use super::{KernelConfig, KernelError, OBJECT, pins, pod, probe, sys};
+use super::reach::Reach;
+use super::{KernelConfig, KernelError, OBJECT, address, pins, pod, probe, queries, sys};
 
 /// What the rest of the gate holds of the loaded program.
 pub struct Loaded {
     pub leaves: HashMap<MapData, u64, pod::LeafEntry>,
     pub counts: HashMap<MapData, u64, pod::Counts>,
     pub accepted: SkStorage<MapData, pod::AcceptedSocket>,
+    pub reach: Reach,
+    pub queries: queries::Maps,
     pub control: Array<MapData, pod::Control>,
     pub heartbeat: Array<MapData, u64>,
     pub events: RingBuf<MapData>,
@@ -78,7 +81,8 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
 
     let mut pins = Pins::make(instance, generation)?;
     let mut attached = Attached { pins: &mut pins, ebpf: &mut ebpf };
-    for name in ["connect4", "connect6", "sendmsg4", "sendmsg6"] {
+    for name in ["connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6"]
+    {
         attached.attach(name, &actions, |program: &mut CgroupSockAddr, cgroup| {
             program.load()?;
             let link = program.attach(cgroup, CgroupAttachMode::Single)?;
@@ -109,6 +113,8 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
         leaves: map(&mut ebpf, "LEAVES")?,
         counts,
         accepted: map(&mut ebpf, "ACCEPTED")?,
+        reach: Reach::new(map(&mut ebpf, "REACH")?),
+        queries: queries::Maps { queries: map(&mut ebpf, "QUERIES")?, taken: map(&mut ebpf, "TAKEN")? },
         control,
         heartbeat,
         events: map(&mut ebpf, "EVENTS")?,
@@ -117,22 +123,20 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
 }
 
 fn control_of(config: &KernelConfig, generation: u64, level: u32) -> types::Control {
-    let (v4, v6) = (config.proxy.v4, config.proxy.v6);
-    let mut proxy_ip6 = [0_u32; 4];
-    if let Some(v6) = v6 {
-        let octets = v6.ip().octets();
-        let (words, _) = octets.as_chunks::<4>();
-        for (to, from) in proxy_ip6.iter_mut().zip(words) {
-            *to = u32::from_ne_bytes(*from);
-        }
-    }
+    let (proxy, resolver) = (&config.proxy, config.resolver.as_ref());
+    let resolver6 = resolver.and_then(|resolver| resolver.v6_base);
     types::Control {
         generation,
         level,
-        proxy_ip4: u32::from_ne_bytes(v4.ip().octets()),
-        proxy_ip6,
-        proxy_port4: u32::from(v4.port().to_be()),
-        proxy_port6: v6.map_or(0, |v6| u32::from(v6.port().to_be())),
+        proxy_ip4: address::word(*proxy.v4.ip()),
+        proxy_ip6: proxy.v6.map_or([0; 4], |v6| address::words(*v6.ip())),
+        proxy_port4: u32::from(proxy.v4.port().to_be()),
+        proxy_port6: proxy.v6.map_or(0, |v6| u32::from(v6.port().to_be())),
+        resolver_ip4: resolver.map_or(0, |resolver| address::word(*resolver.v4_base.ip())),
+        resolver_ip6: resolver6.map_or([0; 4], |v6| address::words(*v6.ip())),
+        resolver_port4: resolver.map_or(0, |resolver| resolver.v4_base.port().into()),
+        resolver_port6: resolver6.map_or(0, |v6| v6.port().into()),
+        resolver_slots: resolver.map_or(0, |resolver| resolver.slots.into()),
     }
 }
 

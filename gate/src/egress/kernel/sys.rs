@@ -72,6 +72,24 @@ pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
     Ok(info.cgroup)
 }
 
+/// The kernel's name for the network namespace of this process, never used again (socket(7), SO_NETNS_COOKIE).
+pub fn own_netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    let (mut cookie, mut length) = (0_u64, libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?);
+    // SAFETY: a buffer of the length that is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
 /// Waits until `descriptor` is readable or the time is over.
 pub fn wait_readable(descriptor: i32, timeout_ms: i32) -> io::Result<bool> {
     let mut poll = libc::pollfd { fd: descriptor, events: libc::POLLIN, revents: 0 };

@@ -73,10 +73,12 @@ fn bytes_that_are_no_event_are_not_read() {
 #[test]
 fn map_values_have_no_padding() {
     assert_eq!(size_of::<types::LeafEntry>(), 8 * 3 + 4 * 2);
-    assert_eq!(size_of::<types::Control>(), 8 + 4 * 8);
-    assert_eq!(size_of::<types::Counts>(), 8 * (types::HOOKS + 9));
+    assert_eq!(size_of::<types::Control>(), 8 + 4 * 16);
+    assert_eq!(size_of::<types::Counts>(), 8 * (types::HOOKS + 10));
     assert_eq!(size_of::<types::Event>(), 8 * 2 + 4 * 10);
-    assert_eq!(size_of::<types::AcceptedSocket>(), 8);
+    assert_eq!(size_of::<types::AcceptedSocket>(), 8 + 4 * 6);
+    assert_eq!(size_of::<types::QueryKey>(), 8 + 4 * 4 + 2 * 4);
+    assert_eq!(size_of::<types::QueryRecord>(), 8 * 2 + 4 * 6);
     assert_eq!(size_of::<types::FlowKey>(), 8 + 4 * 10);
 }
 
@@ -112,6 +114,7 @@ fn an_instance_cannot_name_a_path() {
             gate: "/".into(),
             bpffs: "/".into(),
             proxy: ProxyAddresses { v4: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), v6: None },
+            resolver: None,
         };
         assert!(matches!(Enforcer::start(config), Err(KernelError::Instance(_))), "{name}");
     }
@@ -126,8 +129,42 @@ fn a_directory_that_is_no_cgroup_is_refused() {
         gate: directory.path().to_owned(),
         bpffs: directory.path().to_owned(),
         proxy: ProxyAddresses { v4: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), v6: None },
+        resolver: None,
     };
     assert!(matches!(Enforcer::start(config), Err(KernelError::NotCgroup2(_))));
+}
+
+#[test]
+fn a_resolver_whose_ports_cannot_be_told_from_others_is_refused() {
+    let with = |port: u16, port6: Option<u16>, slots: u16| {
+        let v6_base = port6.map(|port| SocketAddrV6::new(std::net::Ipv6Addr::LOCALHOST, port, 0, 0));
+        ResolverAddresses { v4_base: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), v6_base, slots }.check()
+    };
+    for (port, port6, slots) in [(20_000, None, 8), (65_528, Some(54), 8), (45, None, 8), (65_535, None, 1)] {
+        with(port, port6, slots).unwrap();
+    }
+    for (port, port6, slots) in [
+        (20_000, None, 0),
+        (20_000, None, 9),
+        (65_529, None, 8),
+        (20_000, Some(65_529), 8),
+        (46, None, 8),
+        (53, None, 1),
+        (0, None, 8),
+        (20_000, Some(0), 8),
+    ] {
+        assert!(matches!(with(port, port6, slots), Err(KernelError::Resolver(_))), "{port} {port6:?} {slots}");
+    }
+    let resolver = ResolverAddresses { v4_base: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 53), v6_base: None, slots: 8 };
+    let config = KernelConfig {
+        instance: "unit".to_owned(),
+        actions: "/".into(),
+        gate: "/".into(),
+        bpffs: "/".into(),
+        proxy: ProxyAddresses { v4: SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), v6: None },
+        resolver: Some(resolver),
+    };
+    assert!(matches!(Enforcer::start(config), Err(KernelError::Resolver(_))));
 }
 
 #[test]

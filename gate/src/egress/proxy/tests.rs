@@ -16,6 +16,7 @@ use tokio::net::TcpSocket;
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
+use crate::egress::Caller;
 use crate::egress::flow::{Protocol, Verdict};
 use crate::egress::profile::{Entry, Pattern, Profile};
 
@@ -36,9 +37,10 @@ struct Who {
 }
 
 impl Attribution for Who {
-    fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId> {
+    fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
         let peer = SocketAddr::try_from(rustix::net::getpeername(accepted).unwrap().unwrap()).unwrap();
-        self.by_port.lock().unwrap().get(&peer.port()).copied().unwrap_or(self.everyone)
+        let leaf = self.by_port.lock().unwrap().get(&peer.port()).copied().unwrap_or(self.everyone);
+        leaf.map(|leaf| Caller { leaf, original: None })
     }
 }
 
