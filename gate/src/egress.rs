@@ -1,5 +1,6 @@
 //! The way out: what an execution may reach, the kernel program that holds it to that, and the proxy that carries it.
 
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 pub mod address;
@@ -19,4 +20,30 @@ pub trait Attribution: Send + Sync {
     /// The leaf that the connecting socket was created in; `None` when the kernel has no record, and then it gets no
     /// service.
     fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId>;
+}
+
+/// A datagram that the resolver received: what the kernel's record of who sent it is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DatagramKey {
+    /// The cookie of the network namespace that it came from; `None` for the gate's own.
+    pub netns: Option<u64>,
+    pub source: SocketAddr,
+    /// The port of the resolver that it came to.
+    pub slot_port: u16,
+    /// The transaction id of the DNS message.
+    pub id: u16,
+}
+
+/// Who sent a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asker {
+    pub leaf: LeafId,
+    /// The server that it was sent to, which the answer will appear to come from.
+    pub server: SocketAddr,
+}
+
+/// Who sent a datagram, as the kernel recorded it when it was sent.
+pub trait DatagramAttribution: Send + Sync {
+    /// Takes the record of this datagram; `None` when there is none, and then the datagram is nobody's.
+    fn asker(&self, query: &DatagramKey) -> Option<Asker>;
 }
