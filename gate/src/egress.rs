@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 pub mod address;
 pub mod flow;
 pub mod kernel;
+pub mod names;
 pub mod profile;
 pub mod proxy;
 pub mod refusals;
