@@ -4,6 +4,9 @@
 //! Needs root, `unshare`, `nsenter`, `ip`, `getent`, `python3` and `node`.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../fuzz/dns.rs"]
+mod checks;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
@@ -220,4 +223,15 @@ async fn namespaces_are_apart() {
     let (first, second) = (first.close().await, second.close().await);
     assert!(first.flows.is_empty());
     assert_eq!(refusals(&second.flows, "evil.example"), ["name_not_allowed"]);
+}
+
+#[test]
+fn corpus() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/dns_message");
+    let mut seen = 0;
+    for file in std::fs::read_dir(directory).unwrap() {
+        checks::dns_message(&std::fs::read(file.unwrap().path()).unwrap());
+        seen += 1;
+    }
+    assert!(seen > 0);
 }
