@@ -8,6 +8,7 @@ pub mod explain;
 pub mod flow;
 pub mod flows;
 pub mod kernel;
+pub mod names;
 pub mod profile;
 pub mod proxy;
 pub mod refusals;
@@ -61,5 +62,31 @@ pub struct Asker {
 pub trait DatagramAttribution: Send + Sync {
     /// Takes the record: to be called once for each query, also where the socket already says whose it can only be,
     /// because a leaf's records are bounded. `None` when the kernel has none, and then there is no answer.
+    fn asker(&self, query: &DatagramKey) -> Option<Asker>;
+}
+
+/// A datagram that the resolver received: what the kernel's record of who sent it is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DatagramKey {
+    /// The cookie of the network namespace that it came from; `None` for the gate's own.
+    pub netns: Option<u64>,
+    pub source: SocketAddr,
+    /// The port of the resolver that it came to.
+    pub slot_port: u16,
+    /// The transaction id of the DNS message.
+    pub id: u16,
+}
+
+/// Who sent a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asker {
+    pub leaf: LeafId,
+    /// The server that it was sent to, which the answer will appear to come from.
+    pub server: SocketAddr,
+}
+
+/// Who sent a datagram, as the kernel recorded it when it was sent.
+pub trait DatagramAttribution: Send + Sync {
+    /// Takes the record of this datagram; `None` when there is none, and then the datagram is nobody's.
     fn asker(&self, query: &DatagramKey) -> Option<Asker>;
 }

@@ -28,6 +28,7 @@ pub struct FlowRecord {
     pub port: Option<u16>,
     pub protocol: Option<Protocol>,
     pub verdict: Verdict,
+    pub decided_by: DecidedBy,
     /// `profile` when the profile allowed it, otherwise the reason of the refusal.
     pub rule: String,
     /// How the connection ended; a verdict `allow` says nothing about whether the origin could be reached.
@@ -57,6 +58,20 @@ pub enum Protocol {
     Http,
     /// A request to an `https://` origin over TLS that the proxy made and verified.
     Https,
+    /// A query to the resolver. Its bytes are not counted here: over UDP they are no connection's, and over TCP they
+    /// are those of the connection that carried them.
+    Dns,
+}
+
+/// What decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecidedBy {
+    /// The kernel program.
+    Hook,
+    /// The resolver that sandboxes see.
+    Resolver,
+    Proxy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

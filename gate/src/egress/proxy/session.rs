@@ -11,7 +11,7 @@ use super::Limits;
 use super::count::{Budget, Counts};
 use super::request::Target;
 use crate::egress::LeafId;
-use crate::egress::flow::{End, FlowRecord, Verdict};
+use crate::egress::flow::{DecidedBy, End, FlowRecord, Verdict};
 use crate::egress::profile::Profile;
 use crate::ids;
 use crate::time::Timestamp;
@@ -202,6 +202,7 @@ pub fn blank(client: SocketAddr) -> FlowRecord {
         port: None,
         protocol: None,
         verdict: Verdict::Deny,
+        decided_by: DecidedBy::Proxy,
         rule: String::new(),
         end: End::OpenAtClose,
         error: None,
