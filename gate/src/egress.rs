@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 
 pub mod address;
+pub mod client_hello;
 pub mod flow;
 pub mod kernel;
 pub mod profile;

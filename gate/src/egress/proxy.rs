@@ -35,6 +35,7 @@ mod count;
 mod dial;
 mod forward;
 pub mod head;
+mod passthrough;
 mod reply;
 mod request;
 mod session;

@@ -11,6 +11,7 @@ use super::Limits;
 use super::count::Counted;
 use super::dial::Dialer;
 use super::forward;
+use super::passthrough::{self, ACCESS_DENIED, Stop};
 use super::reply::Reply;
 use super::request::{Request, Target};
 use super::session::Connection;
@@ -70,7 +71,7 @@ async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limit
         Err(reply) => return client.answer(connection, &reply, head_only).await,
     };
     match request.forward {
-        None => tunnel(connection, client, upstream).await,
+        None => tunnel(connection, client, upstream, &request.target, limits).await,
         Some(request_to_pass) if request.target.protocol == Protocol::Https => {
             match dialer.secure(upstream, &request.target.host).await {
                 Ok(upstream) => forward::exchange(connection, client, upstream, &request_to_pass).await,
@@ -88,14 +89,72 @@ async fn reach(connection: &Connection, dialer: &Dialer, target: &Target) -> Res
     Ok(Counted::upstream(stream, connection.counts.clone()))
 }
 
-/// Joins the two sockets. An end of one direction is passed on as such, and the other goes on. What is inside is not
-/// looked at: this is where the name in a ClientHello is to be compared with the name that was asked for.
-async fn tunnel(connection: &Connection, mut client: Client, upstream: Counted) -> End {
-    let (read, mut up_sink) = tokio::io::split(upstream);
-    let mut up_source = Source::new(read);
+/// Ports at which a tunnel holds TLS or nothing: https, and the mail, news, directory, DNS and SIP services that have a
+/// port for TLS of their own. At others it may, and then it is looked at just the same.
+const TLS_PORTS: [u16; 11] = [443, 465, 563, 636, 853, 989, 990, 992, 993, 995, 5061];
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Joins the two sockets. TLS is passed on once the name in its ClientHello was compared with the name that was asked
+/// for; what is inside is not looked at.
+async fn tunnel(
+    connection: &Connection,
+    mut client: Client,
+    upstream: Counted,
+    target: &Target,
+    limits: &Limits,
+) -> End {
     if client.sink.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await.is_err() {
         return End::ClientFailed;
     }
+    let must_be_tls = TLS_PORTS.contains(&target.port);
+    if must_be_tls {
+        return tls(connection, client, upstream, target, limits).await;
+    }
+    // A server may speak first where nothing says that the client does: so both are listened to.
+    let (read, up_sink) = tokio::io::split(upstream);
+    let mut up_source = Source::new(read);
+    let first = tokio::select! {
+        first = client.source.some() => first.map(|bytes| bytes.first().copied()),
+        _ = up_source.some() => Ok(None),
+    };
+    match first {
+        Ok(Some(TLS_HANDSHAKE)) => {
+            tls(connection, client, up_source.into_stream().unsplit(up_sink), target, limits).await
+        }
+        Ok(_) => plain(connection, client, up_source, up_sink).await,
+        Err(_) => End::ClientFailed,
+    }
+}
+
+async fn tls(connection: &Connection, mut client: Client, upstream: Counted, target: &Target, limits: &Limits) -> End {
+    let stop = match timeout(limits.head_time, passthrough::hello(&mut client.source)).await {
+        Err(_) => Stop::Refused("no_request"),
+        Ok(Err(stop)) => stop,
+        Ok(Ok(hello)) => match passthrough::judge(&hello, &target.host) {
+            Err(rule) => Stop::Refused(rule),
+            Ok(()) => match passthrough::join(connection, client, upstream, &target.host, &hello).await {
+                Ok(end) => return end,
+                Err((back, stop)) => {
+                    client = back;
+                    stop
+                }
+            },
+        },
+    };
+    match stop {
+        Stop::Over(End::Closed) => client.close(connection, End::Closed).await,
+        Stop::Over(end) => end,
+        Stop::Refused(rule) => client.alert(connection, rule).await,
+    }
+}
+
+/// An end of one direction is passed on as such, and the other goes on.
+async fn plain(
+    connection: &Connection,
+    mut client: Client,
+    mut up_source: Source<ReadHalf<Counted>>,
+    mut up_sink: WriteHalf<Counted>,
+) -> End {
     let out = pump(&mut client.source, &mut up_sink, End::ClientFailed, End::UpstreamFailed);
     let back = pump(&mut up_source, &mut client.sink, End::UpstreamFailed, End::ClientFailed);
     match tokio::try_join!(out, back) {
@@ -107,7 +166,7 @@ async fn tunnel(connection: &Connection, mut client: Client, upstream: Counted) 
     }
 }
 
-async fn pump<S, W>(source: &mut Source<S>, sink: &mut W, reading: End, writing: End) -> Result<(), End>
+pub async fn pump<S, W>(source: &mut Source<S>, sink: &mut W, reading: End, writing: End) -> Result<(), End>
 where
     S: tokio::io::AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -138,6 +197,15 @@ impl Client {
         }
         let bytes = reply.to_bytes(&connection.decision_id(), head_only);
         if self.sink.write_all(&bytes).await.is_err() {
+            return End::ClientFailed;
+        }
+        self.close(connection, End::Answered).await
+    }
+
+    /// Tells a client that speaks TLS that it is refused, and notes by which rule.
+    pub async fn alert(mut self, connection: &Connection, rule: &str) -> End {
+        connection.refused(rule);
+        if self.sink.write_all(&ACCESS_DENIED).await.is_err() {
             return End::ClientFailed;
         }
         self.close(connection, End::Answered).await

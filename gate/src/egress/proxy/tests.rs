@@ -24,6 +24,7 @@ mod connect;
 mod forward;
 mod https;
 mod limits;
+mod tls;
 mod whose;
 mod worker;
 
@@ -46,7 +47,7 @@ struct Bench {
     proxy: Proxy,
     who: Arc<Who>,
     ca: CertifiedIssuer<'static, KeyPair>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Bench {
@@ -67,7 +68,11 @@ impl Bench {
         change(&mut config);
         let who = Arc::new(Who { everyone: Some(LEAF), by_port: Mutex::default() });
         let proxy = Proxy::start(config, who.clone()).await.unwrap();
-        Self { proxy, who, ca, _dir: dir }
+        Self { proxy, who, ca, dir }
+    }
+
+    fn ca_file(&self) -> String {
+        self.dir.path().join("ca.pem").to_str().unwrap().to_owned()
     }
 
     async fn plain() -> Self {
