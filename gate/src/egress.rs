@@ -1,5 +1,6 @@
 //! The way out: what an execution may reach, the kernel program that holds it to that, and the proxy that carries it.
 
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 pub mod address;
@@ -10,6 +11,7 @@ pub mod profile;
 pub mod proxy;
 pub mod refusals;
 pub mod resolver;
+pub mod terminate;
 
 /// The kernel's id of a leaf cgroup: its inode in the v2 tree. Never reused while the gate that saw it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,4 +22,17 @@ pub trait Attribution: Send + Sync {
     /// The leaf that the connecting socket was created in; `None` when the kernel has no record, and then it gets no
     /// service.
     fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId>;
+
+    /// The same, and where the connection was to go when the kernel carried it here.
+    fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
+        self.leaf_of(accepted).map(|leaf| Caller { leaf, original: None })
+    }
+}
+
+/// Who made a connection, and where to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub leaf: LeafId,
+    /// The address that the client connected to, where that was not the proxy's own.
+    pub original: Option<SocketAddr>,
 }

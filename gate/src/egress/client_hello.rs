@@ -104,13 +104,13 @@ impl Reader {
 
 /// The length of the fragment of the record that starts here, once it is known.
 fn record_length(record: &[u8]) -> Result<Option<usize>, Malformed> {
-    match record {
+    match *record {
         // SSLv2's hello (RFC 5246 appendix E.2) has its length first, with the top bit set.
-        &[first, ..] if first & 0x80 != 0 => Err(Malformed { why: "not TLS, or the hello of SSLv2" }),
-        &[first, ..] if first != HANDSHAKE => Err(Malformed { why: "not a TLS handshake record" }),
-        &[_, major, ..] if major != 3 => Err(Malformed { why: "not a version of TLS" }),
-        &[_, _, minor, ..] if minor > 4 => Err(Malformed { why: "not a version of TLS" }),
-        &[_, _, _, high, low, ..] => match usize::from(high) << 8 | usize::from(low) {
+        [first, ..] if first & 0x80 != 0 => Err(Malformed { why: "not TLS, or the hello of SSLv2" }),
+        [first, ..] if first != HANDSHAKE => Err(Malformed { why: "not a TLS handshake record" }),
+        [_, major, ..] if major != 3 => Err(Malformed { why: "not a version of TLS" }),
+        [_, _, minor, ..] if minor > 4 => Err(Malformed { why: "not a version of TLS" }),
+        [_, _, _, high, low, ..] => match usize::from(high) << 8 | usize::from(low) {
             0 => Err(Malformed { why: "an empty handshake record" }),
             length if length > MAX_FRAGMENT => Err(Malformed { why: "a record that is too long" }),
             length => Ok(Some(length)),

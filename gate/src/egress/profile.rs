@@ -4,9 +4,11 @@
 //! asked, and the proxy asks it again for every connection: both call [`Profile::permits`], so they cannot disagree.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
+use super::address::Cidr;
 use crate::hash::sha256_tagged;
 
 mod entry;
@@ -33,6 +35,7 @@ pub enum Profile {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowlist {
     entries: Vec<Entry>,
+    networks: Vec<NetworkEntry>,
 }
 
 /// One rule of an allowlist: some names, at some ports.
@@ -41,6 +44,33 @@ pub struct Entry {
     pattern: Pattern,
     /// Sorted, without repetitions, never empty.
     ports: Vec<u16>,
+    protocol: EntryProtocol,
+    /// Empty: all of them.
+    methods: Vec<String>,
+}
+
+/// What may be spoken with the names of an entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum EntryProtocol {
+    /// TLS that is passed through, or HTTP in the clear, by what the client sends first.
+    #[default]
+    Auto,
+    Tls {
+        /// Whether the proxy ends it, to see the requests inside.
+        terminate: bool,
+    },
+    Http,
+    /// Anything; nothing of it is looked at.
+    Tcp,
+}
+
+/// One rule for addresses that have no name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NetworkEntry {
+    network: IpAddr,
+    prefix: u8,
+    ports: Vec<u16>,
+    protocol: EntryProtocol,
 }
 
 /// A name and port that the profile does not permit.
@@ -99,7 +129,16 @@ impl Profile {
         let mut entries: Vec<Entry> = entries.into_iter().collect();
         entries.sort();
         entries.dedup();
-        Self::Allowlist(Allowlist { entries })
+        Self::Allowlist(Allowlist { entries, networks: Vec::new() })
+    }
+
+    /// The same profile with these networks besides.
+    #[must_use]
+    pub fn with_networks(self, networks: impl IntoIterator<Item = NetworkEntry>) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::Allowlist(list) => Self::Allowlist(Allowlist { networks: networks.into_iter().collect(), ..list }),
+        }
     }
 
     /// Whether `host` may be contacted at `port`, and by which entry.
@@ -127,6 +166,20 @@ impl Profile {
             }
         }
         Err(if named { DenyReason::PortNotAllowed } else { DenyReason::NameNotAllowed }.into())
+    }
+
+    /// Whether an address that no name stands for may be connected to at `port`, and by which entry.
+    ///
+    /// # Errors
+    /// [`Denied`] for every address that is in no network of the profile.
+    pub fn permits_address(&self, address: IpAddr, port: u16) -> Result<&NetworkEntry, Denied> {
+        let Self::Allowlist(list) = self else {
+            return Err(DenyReason::NoEgress.into());
+        };
+        let within = |entry: &&NetworkEntry| entry.contains(address);
+        let mut networks = list.networks.iter().filter(within).peekable();
+        let other = if networks.peek().is_some() { DenyReason::PortNotAllowed } else { DenyReason::AddressLiteral };
+        networks.find(|entry| entry.ports.is_empty() || entry.ports.contains(&port)).ok_or(other.into())
     }
 
     /// Whether nothing at all leaves, so that the kernel need not let even the proxy be reached.
@@ -192,7 +245,22 @@ impl Entry {
         }
         ports.sort_unstable();
         ports.dedup();
-        Self { pattern, ports }
+        Self { pattern, ports, protocol: EntryProtocol::Auto, methods: Vec::new() }
+    }
+
+    /// The same names and ports, for this protocol and these HTTP methods; none means all.
+    #[must_use]
+    pub fn speaking(self, protocol: EntryProtocol, methods: impl IntoIterator<Item = String>) -> Self {
+        Self { protocol, methods: methods.into_iter().collect(), ..self }
+    }
+
+    pub const fn protocol(&self) -> EntryProtocol {
+        self.protocol
+    }
+
+    /// The HTTP methods that may be used; empty for all.
+    pub fn methods(&self) -> &[String] {
+        &self.methods
     }
 
     pub fn pattern(&self) -> &Pattern {
@@ -209,7 +277,26 @@ impl Entry {
             None => self.ports.clone(),
             Some(allowed) => self.ports.iter().copied().filter(|port| allowed.contains(port)).collect(),
         };
-        (!ports.is_empty()).then_some(Self { pattern, ports })
+        (!ports.is_empty()).then(|| Self { pattern, ports, protocol: self.protocol, methods: self.methods.clone() })
+    }
+}
+
+impl NetworkEntry {
+    /// `ports` empty means all of them.
+    pub fn new(network: IpAddr, prefix: u8, ports: impl IntoIterator<Item = u16>, protocol: EntryProtocol) -> Self {
+        Self { network, prefix, ports: ports.into_iter().collect(), protocol }
+    }
+
+    pub const fn network(&self) -> (IpAddr, u8) {
+        (self.network, self.prefix)
+    }
+
+    pub const fn protocol(&self) -> EntryProtocol {
+        self.protocol
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        format!("{}/{}", self.network, self.prefix).parse::<Cidr>().is_ok_and(|cidr| cidr.contains(address))
     }
 }
 

@@ -126,6 +126,8 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> (Result
             principal: grant.principal().to_owned(),
             workspace: gate.config.workspace.clone(),
             profile: std::sync::Arc::new(decision.profile().clone()),
+            names: None,
+            dns: None,
         },
     );
     let profile = match decision.profile() {

@@ -8,16 +8,15 @@
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 
-use super::connection::{Client, pump};
+use super::client::Client;
 use super::count::Counted;
+use super::leg::Up;
 use super::session::Connection;
 use super::source::Source;
+use super::tunnel::pump;
 use crate::egress::address::Host;
 use crate::egress::client_hello::{Parsed, Reader};
 use crate::egress::flow::End;
-
-/// A fatal `access_denied` (RFC 8446 §6.2) in a record of its own.
-pub const ACCESS_DENIED: [u8; 7] = [21, 3, 3, 0, 2, 2, 49];
 
 const RECORD_HEADER: usize = 5;
 const CHANGE_CIPHER_SPEC: u8 = 20;
@@ -71,6 +70,14 @@ pub fn judge(hello: &Parsed, asked: &Host) -> Result<(), &'static str> {
     if hello.ech {
         return Err("ech");
     }
+    judge_name(hello, asked)
+}
+
+/// The same for a hello that the gate itself answers: one that is hidden in it is not heard by anybody.
+///
+/// # Errors
+/// The rule that refuses it.
+pub fn judge_name(hello: &Parsed, asked: &Host) -> Result<(), &'static str> {
     match (asked, &hello.sni) {
         (Host::Name(name), Some(sni)) if sni.eq_ignore_ascii_case(name) => Ok(()),
         (Host::Name(_), None) => Err("sni_missing"),
@@ -88,25 +95,24 @@ pub async fn join(
     asked: &Host,
     hello: &Parsed,
 ) -> Result<End, (Client, Stop)> {
-    let (read, mut up_sink) = tokio::io::split(upstream);
-    let mut up_source = Source::new(read);
+    let mut up = Up::new(Box::new(upstream));
     let (decided, retry) = watch::channel(None);
     let joined = {
         let out = async {
-            forward(&mut client.source, &mut up_sink, hello.length).await?;
-            follow(&mut client.source, &mut up_sink, asked, retry).await?;
-            pump(&mut client.source, &mut up_sink, End::ClientFailed, End::UpstreamFailed).await.map_err(Stop::Over)
+            forward(&mut client.source, &mut up.sink, hello.length).await?;
+            follow(&mut client.source, &mut up.sink, asked, retry).await?;
+            pump(&mut client.source, &mut up.sink, End::ClientFailed, End::UpstreamFailed).await.map_err(Stop::Over)
         };
         let back = async {
-            let found = is_retry(&mut up_source).await;
+            let found = is_retry(&mut up.source).await;
             decided.send_replace(Some(found));
-            pump(&mut up_source, &mut client.sink, End::UpstreamFailed, End::ClientFailed).await.map_err(Stop::Over)
+            pump(&mut up.source, &mut client.sink, End::UpstreamFailed, End::ClientFailed).await.map_err(Stop::Over)
         };
         tokio::try_join!(out, back)
     };
     match joined {
         Ok(_) => {
-            up_source.into_stream().unsplit(up_sink).finish();
+            up.finish();
             Ok(client.close(connection, End::Closed).await)
         }
         Err(stop) => Err((client, stop)),

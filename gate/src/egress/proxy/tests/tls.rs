@@ -6,9 +6,9 @@ use rustls::pki_types::ServerName;
 use tokio_rustls::TlsConnector;
 
 use super::*;
-use crate::egress::proxy::passthrough::ACCESS_DENIED;
+use crate::egress::proxy::client::ACCESS_DENIED;
 
-fn client_config(bench: &Bench) -> rustls::ClientConfig {
+pub fn client_config(bench: &Bench) -> rustls::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(bench.ca.der().clone()).unwrap();
     rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
@@ -19,7 +19,7 @@ fn client_config(bench: &Bench) -> rustls::ClientConfig {
 }
 
 /// The bytes that a client sends first.
-fn hello_for(bench: &Bench, name: &str) -> Vec<u8> {
+pub fn hello_for(bench: &Bench, name: &str) -> Vec<u8> {
     let name = ServerName::try_from(name.to_owned()).unwrap();
     let mut client = rustls::ClientConnection::new(Arc::new(client_config(bench)), name).unwrap();
     let mut bytes = Vec::new();
@@ -28,11 +28,11 @@ fn hello_for(bench: &Bench, name: &str) -> Vec<u8> {
 }
 
 /// The same bytes in records and segments of one byte.
-fn cut(hello: &[u8]) -> Vec<u8> {
+pub fn cut(hello: &[u8]) -> Vec<u8> {
     hello[5..].iter().flat_map(|byte| [22, 3, 1, 0, 1, *byte]).collect()
 }
 
-async fn dribble(stream: &mut TcpStream, bytes: &[u8]) {
+pub async fn dribble(stream: &mut TcpStream, bytes: &[u8]) {
     stream.set_nodelay(true).unwrap();
     for byte in bytes {
         if stream.write_all(&[*byte]).await.is_err() {
@@ -42,7 +42,7 @@ async fn dribble(stream: &mut TcpStream, bytes: &[u8]) {
     }
 }
 
-async fn rest(stream: &mut TcpStream) -> Vec<u8> {
+pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     let _ = timeout(Duration::from_secs(10), stream.read_to_end(&mut bytes)).await.unwrap();
     bytes
@@ -62,6 +62,8 @@ async fn a_tunnel_to_the_name_that_was_asked_for_is_carried_unseen() {
     assert_eq!(answer, OK.as_bytes());
     let flow = &session.close().await[0];
     assert_eq!((flow.verdict, flow.rule.as_str()), (Verdict::Allow, "profile"));
+    assert_eq!((flow.protocol, flow.sni.as_deref()), (Some(Protocol::Tls), Some("origin.test")));
+    assert_eq!((flow.name_verified, flow.opaque, flow.carried), (Some(NameVerified::Sni), true, false));
 }
 
 #[tokio::test]
@@ -162,13 +164,13 @@ async fn a_second_hello_is_judged_like_the_first() {
     assert_eq!(origin.seen().last(), Some(&second.len().to_string()));
 }
 
-struct Ran {
-    code: Option<i32>,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
 }
 
-async fn run(program: &str, arguments: &[&str]) -> Option<Ran> {
+pub async fn run(program: &str, arguments: &[&str]) -> Option<Ran> {
     let child = tokio::process::Command::new(program)
         .args(arguments)
         .env_clear()
