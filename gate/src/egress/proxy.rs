@@ -44,7 +44,7 @@ mod inside;
 mod leg;
 mod passthrough;
 mod reply;
-mod request;
+pub mod request;
 mod session;
 mod source;
 mod tunnel;

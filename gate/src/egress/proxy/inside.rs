@@ -70,6 +70,7 @@ async fn next_head(way: &Way<'_>, client: &mut Client, up: Option<&mut Up>) -> R
     let limit = way.means.limits.head_time;
     match up {
         Some(up) => tokio::select! {
+            biased;
             _ = up.source.some() => return Ok(None),
             more = client.source.some() => {
                 more.map_err(|_| None)?;
