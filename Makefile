@@ -1,5 +1,7 @@
 # The two commands of the README are `make demo` and `make test`; the rest is for those who change the code.
 CACHE  ?= $(HOME)/.cache/latchgate
+# Properties are tried with the same values on every run; `make test SEED=$$RANDOM` tries others.
+SEED   ?= 20261121
 PYTHON  = $(CACHE)/venv/bin/python
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 GATE    = target/$(TARGET)/debug/latchgate
@@ -7,7 +9,7 @@ GATE    = target/$(TARGET)/debug/latchgate
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CI)
 PRIVATE = $(AS_ROOT) unshare --mount --propagation private
 
-.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt bench
+.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,8 +28,9 @@ demo: build ## an agent's call allowed, others refused, and the receipt verified
 
 test: setup-test ## every test, against the real kernel
 	@scripts/privileges.sh
+	cargo build --workspace
 	cargo test --workspace --no-run
-	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) cargo test --workspace
+	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
 
 lint: ## formatting, clippy, licences, Python
 	@scripts/setup.sh lint

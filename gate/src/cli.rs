@@ -82,9 +82,14 @@ pub fn main() -> ExitCode {
 }
 
 fn log_to_stderr(as_json: bool) {
+    use std::io::IsTerminal as _;
+
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_env("LATCHGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     if as_json { builder.json().init() } else { builder.with_target(false).init() }
 }
 

@@ -171,6 +171,8 @@ pub struct Sandbox {
     pub stderr_bytes: u64,
     /// Executions at the same time; one more waits its turn.
     pub max_concurrent: usize,
+    /// Calls that may wait their turn; one more is 429 `rate_limited`.
+    pub max_waiting: usize,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -242,6 +244,7 @@ impl Default for Sandbox {
             scratch_bytes: 64 << 20,
             stderr_bytes: 64 << 10,
             max_concurrent: 64,
+            max_waiting: 256,
         }
     }
 }
@@ -376,6 +379,10 @@ impl Config {
                 }
                 _ => return invalid("path", "exactly one of path and address".to_owned()),
             }
+            let dots = |path: &Path| path.components().any(|part| part == std::path::Component::ParentDir);
+            if listener.path.as_deref().is_some_and(dots) {
+                return invalid("path", "must not hold `..`".to_owned());
+            }
             if let Some(mode) = &listener.mode
                 && u32::from_str_radix(mode, 8).map_or(true, |bits| bits > 0o777)
             {
@@ -386,11 +393,15 @@ impl Config {
                     return invalid("peers", format!("`{uid}` = `{principal}`: a numeric uid and a principal"));
                 }
             }
-            if let Some(operator) = &self.operators.socket
-                && let (Some(theirs), Some(ours)) = (operator.parent(), listener.path.as_deref().and_then(Path::parent))
-                && theirs == ours
-            {
-                return invalid("path", "agents and operators must not share a directory".to_owned());
+            // Who mounts the directory of an agents' socket has what is below it as well.
+            let operators = self.operators.socket.as_deref().and_then(Path::parent);
+            if let Some(ours) = listener.path.as_deref().and_then(Path::parent) {
+                if operators.is_some_and(|theirs| theirs.starts_with(ours)) {
+                    return invalid("path", "agents and operators must not share a directory".to_owned());
+                }
+                if self.state_dir.starts_with(ours) {
+                    return invalid("path", "state_dir must not be in the directory of an agents' socket".to_owned());
+                }
             }
         }
         Ok(())

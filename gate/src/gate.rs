@@ -210,12 +210,12 @@ impl Gate {
     }
 
     pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        self.draining.load(Ordering::SeqCst)
     }
 
     /// From now on nothing new is begun.
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.store(true, Ordering::SeqCst);
     }
 
     /// Whether calls can be held to what is decided, asked of the kernel at this moment.
@@ -235,14 +235,17 @@ impl Gate {
         }
     }
 
-    /// Counts a call as running until the guard goes.
-    pub fn enter(self: &Arc<Self>) -> Running {
-        self.running.fetch_add(1, Ordering::AcqRel);
-        Running(Arc::clone(self))
+    /// Counts a call as running until the guard goes; `None` when as many run or wait as may. A call outlives its
+    /// connection, so that no limit of connections bounds them.
+    pub fn enter(self: &Arc<Self>) -> Option<Running> {
+        let most = self.config.sandbox.max_concurrent.saturating_add(self.config.sandbox.max_waiting);
+        let entered = |running: usize| (running < most).then(|| running + 1);
+        self.running.fetch_update(Ordering::SeqCst, Ordering::SeqCst, entered).ok()?;
+        Some(Running(Arc::clone(self)))
     }
 
     pub fn running(&self) -> usize {
-        self.running.load(Ordering::Acquire)
+        self.running.load(Ordering::SeqCst)
     }
 
     /// Ends every execution that runs.
@@ -258,8 +261,8 @@ impl Gate {
         }
     }
 
-    /// Waits until nothing runs, for as long as ending it may take.
-    pub async fn finish(&self) {
+    /// Waits until nothing runs; false if something still does when the time is over.
+    pub async fn idle_within(&self, patience: Duration) -> bool {
         let all_done = async {
             loop {
                 let idle = self.idle.notified();
@@ -269,9 +272,7 @@ impl Gate {
                 idle.await;
             }
         };
-        if tokio::time::timeout(Duration::from_secs(10), all_done).await.is_err() {
-            tracing::error!(running = self.running(), "executions are left; the kernel closes them");
-        }
+        tokio::time::timeout(patience, all_done).await.is_ok()
     }
 
     /// The digest of what an action of this manifest runs: the gate's own executable, or its sealed copies.

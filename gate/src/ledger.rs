@@ -110,7 +110,8 @@ fn content_index(contents: &[Content]) -> Result<Value, LedgerError> {
 #[derive(Clone, Debug)]
 pub struct LedgerConfig {
     pub workspace: String,
-    /// Space that intents leave free on the file system, so that the receipts of what is already running still fit.
+    /// Space that intents and events leave free on the file system, so that the receipts of what is already running
+    /// still fit.
     pub reserve_bytes: u64,
 }
 

@@ -9,10 +9,34 @@
 //! Skipping one does not compile. There is no second way to the sandbox: only [`dispatch`] starts one, and it takes a
 //! [`grant::Grant`].
 //!
-//! ```compile_fail
-//! # use latchgate::pipeline::{authorise::Decision, grant::Grant};
-//! fn forge(decision: Decision) -> Grant {
-//!     Grant { decision, plan_hash: String::new() } // private fields: only `grant::issue` makes one
+//! ```
+//! # use latchgate::pipeline::{authenticate::Caller, authorise::Decision, dispatch, grant::Grant, validate::ValidCall};
+//! fn read(caller: &Caller, call: &ValidCall, decision: &Decision, grant: &Grant) -> usize {
+//!     caller.principal().len() + call.request_hash().len() + decision.policy_version().len() + grant.grant_id().len()
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::{authenticate::Caller};
+//! fn somebody_else(caller: Caller, other: Caller) -> Caller {
+//!     Caller { proven: other.proven, ..caller }
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::authorise::Decision;
+//! fn under_another_policy(decision: Decision) -> Decision {
+//!     Decision { policy_version: String::new(), ..decision }
+//! }
+//! ```
+//! ```compile_fail,E0451
+//! # use latchgate::pipeline::grant::Grant;
+//! fn for_longer(grant: Grant) -> Grant {
+//!     Grant { deadline: std::time::Duration::MAX, ..grant }
+//! }
+//! ```
+//! ```compile_fail,E0308
+//! # use latchgate::{gate::Gate, pipeline::{Ids, authorise::Decision, dispatch}};
+//! async fn without_a_grant(gate: &Gate, decision: Decision, ids: &Ids) {
+//!     dispatch::run(gate, decision, ids).await;
 //! }
 //! ```
 //!
@@ -34,7 +58,7 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::auth::AuthError;
-use crate::gate::Gate;
+use crate::gate::{Gate, Running};
 use crate::ids;
 use crate::ledger::Receipt;
 use crate::server::body::BodyError;
@@ -75,6 +99,8 @@ impl Ids {
 pub enum Refusal {
     #[error("the gate is draining")]
     Draining,
+    #[error("as many calls run or wait as may")]
+    Busy,
     #[error("no such resource")]
     NotFound,
     #[error("method not allowed")]
@@ -141,16 +167,28 @@ pub struct Executed {
 /// The first stage that refuses ends it. Refusals of an authenticated caller are recorded in the ledger.
 pub async fn execute(gate: &Arc<Gate>, request: Request, action_id: &str, body: Bytes) -> Result<Executed, Refused> {
     let ids = request.ids.clone();
-    let caller = authenticate::authenticate(gate, &request).map_err(|cause| Refused::new(&ids, cause))?;
-    match decide(gate, &caller, &request, action_id, &body) {
+    // Signatures, the stores' files and policy: none of it may hold up those who only wait for a socket.
+    let (caller, decided) = tokio::task::block_in_place(|| {
+        let caller = authenticate::authenticate(gate, &request)?;
+        let decided = decide(gate, &caller, &request, action_id, &body);
+        Ok((caller, decided))
+    })
+    .map_err(|cause: Refusal| Refused::new(&ids, cause))?;
+    match decided {
         Err(cause) => {
             let refused = Refused::new(&ids, cause);
             record::refusal(gate, &caller, action_id, &refused).await;
             Err(refused)
         }
         Ok(decision) => {
+            // Not an event: who floods the gate is not to fill its ledger as well.
+            let running = gate.enter().ok_or_else(|| Refused::new(&ids, Refusal::Busy))?;
+            // After it is counted: a drain that began since the request came either sees it or is seen here.
+            if gate.is_draining() {
+                return Err(Refused::new(&ids, Refusal::Draining));
+            }
             let gate = Arc::clone(gate);
-            let running = tokio::spawn(async move { perform(&gate, caller, decision, &ids).await });
+            let running = tokio::spawn(async move { perform(&gate, caller, decision, &ids, running).await });
             running.await.unwrap_or_else(|error| {
                 Err(Refused::new(&request.ids, Refusal::Internal { message: error.to_string() }))
             })
@@ -177,8 +215,8 @@ async fn perform(
     caller: authenticate::Caller,
     decision: authorise::Decision,
     ids: &Ids,
+    _running: Running,
 ) -> Result<Executed, Refused> {
-    let _running = gate.enter();
     let grant = match grant::issue(gate, &caller, decision, ids).await {
         Ok(grant) => grant,
         Err((action_id, cause)) => {

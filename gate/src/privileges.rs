@@ -1,7 +1,5 @@
 //! What the gate needs of the machine, checked before anything is built.
 
-use crate::config::Config;
-
 /// A privilege that is not there, and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missing {
@@ -18,7 +16,7 @@ const CAPABILITIES: [(u32, &str, &str); 4] = [
 ];
 
 /// Everything that is missing, so that one attempt names it all.
-pub fn missing(_config: &Config) -> Vec<Missing> {
+pub fn missing() -> Vec<Missing> {
     let effective = effective_capabilities().unwrap_or(0);
     CAPABILITIES
         .iter()

@@ -127,3 +127,22 @@ pub enum SandboxError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
 }
+
+impl SandboxError {
+    /// Whether it is certain that the program never began. A failure of the gate's own system calls, or a leaf that
+    /// would not empty, says nothing of that.
+    pub const fn nothing_ran(&self) -> bool {
+        match self {
+            Self::Config(_)
+            | Self::Exposed { .. }
+            | Self::NoUid
+            | Self::SealedUnreadable { .. }
+            | Self::SealedDigest { .. }
+            | Self::SealedInvalid { .. }
+            | Self::Setup { .. }
+            | Self::Exec { .. }
+            | Self::SpawnerGone => true,
+            Self::Io(..) | Self::Cgroup(_) => false,
+        }
+    }
+}

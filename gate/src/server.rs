@@ -7,6 +7,7 @@ pub mod error;
 pub mod listen;
 pub mod metrics;
 pub mod operator;
+mod plain;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -112,7 +113,7 @@ async fn connection<H, F>(
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout).max_buf_size(64 << 10).half_close(false);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(plain::Plain::new(stream)), service));
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
         () = stopped(&mut stop) => {

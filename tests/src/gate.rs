@@ -54,6 +54,12 @@ impl Setup {
         self
     }
 
+    /// Puts keys before every table of the configuration.
+    pub fn first(mut self, text: &str) -> Self {
+        self.config.insert_str(0, &text.replace("{dir}", &self.directory.display().to_string()));
+        self
+    }
+
     /// Adds a manifest. The first one turns the built-in ones off.
     pub fn manifest(mut self, id: &str, yaml: &str) -> Self {
         if !self.config.contains("[definitions]") {
@@ -92,7 +98,7 @@ impl Setup {
     /// Starts the gate and waits until it is ready.
     pub fn start(self) -> Gate {
         fs::write(self.config_file(), &self.config).unwrap();
-        let mut gate = Gate { setup: self, process: None, log: Arc::default() };
+        let mut gate = Gate { setup: self, process: None, log: Arc::default(), cgroup: None };
         gate.start();
         gate
     }
@@ -111,6 +117,8 @@ pub struct Gate {
     setup: Setup,
     process: Option<Child>,
     log: Arc<Mutex<Vec<String>>>,
+    /// Where its process was, in the v2 tree.
+    cgroup: Option<PathBuf>,
 }
 
 impl Gate {
@@ -148,7 +156,20 @@ impl Gate {
             assert!(began.elapsed() < Duration::from_secs(30), "the gate is not ready:\n{}", self.log_text());
             std::thread::sleep(Duration::from_millis(10));
         }
+        let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap_or_default();
+        self.cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from);
         self.process = Some(child);
+    }
+
+    /// Removes the cgroups that a stopped gate leaves: a process cannot remove the one that it is in.
+    fn remove_cgroups(&self) {
+        let Some(own) = self.cgroup.as_deref().and_then(Path::parent) else { return };
+        for tree in ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"] {
+            let own = Path::new(tree).join(own.strip_prefix("/").unwrap_or(own));
+            for directory in [own.join("gate"), own.join("actions"), own] {
+                let _ = fs::remove_dir(directory);
+            }
+        }
     }
 
     pub fn logged(&self, wanted: impl Fn(&str) -> bool) -> bool {
@@ -216,9 +237,11 @@ impl Gate {
 impl Drop for Gate {
     fn drop(&mut self) {
         self.stop();
+        self.remove_cgroups();
         if std::thread::panicking() {
             eprintln!("--- the gate's log\n{}", self.log_text());
         }
         let _ = fs::remove_dir_all(&self.setup.directory);
+        crate::inside::clear(&self.setup.name);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
@@ -45,7 +46,19 @@ impl Authority {
     }
 }
 
-/// A running origin. Every request is answered with `response`; each request's bytes are kept.
+/// What an origin sends for a request whose head is given, whole: status line, fields and body.
+pub type Answers = Arc<dyn Fn(&str) -> Vec<u8> + Send + Sync>;
+
+/// `200` with a body of text.
+pub fn ok(body: &str) -> Vec<u8> {
+    format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )
+    .into_bytes()
+}
+
+/// A running origin. Each request's head is kept before it is answered.
 pub struct Origin {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<String>>>,
@@ -55,29 +68,37 @@ pub struct Origin {
 impl Origin {
     /// TLS for `names`, on a port of the system's choice.
     pub fn tls(authority: &Authority, names: &[&str], address: IpAddr, response: &str) -> Self {
-        Self::start(Some(authority.server(names)), SocketAddr::new(address, 0), response)
+        let response = ok(response);
+        Self::start(Some(authority.server(names)), SocketAddr::new(address, 0), Arc::new(move |_| response.clone()))
+    }
+
+    /// TLS for `names`, with an answer of its own for each request. An empty answer is none: the connection stays open
+    /// until the client gives up.
+    pub fn answering(authority: &Authority, names: &[&str], address: IpAddr, answers: Answers) -> Self {
+        Self::start(Some(authority.server(names)), SocketAddr::new(address, 0), answers)
     }
 
     pub fn clear(address: IpAddr, response: &str) -> Self {
-        Self::start(None, SocketAddr::new(address, 0), response)
+        let response = ok(response);
+        Self::start(None, SocketAddr::new(address, 0), Arc::new(move |_| response.clone()))
     }
 
-    fn start(tls: Option<ServerConfig>, address: SocketAddr, response: &str) -> Self {
+    fn start(tls: Option<ServerConfig>, address: SocketAddr, answers: Answers) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind(address)).unwrap();
         let address = listener.local_addr().unwrap();
         let requests: Arc<Mutex<Vec<String>>> = Arc::default();
-        let (kept, response) = (Arc::clone(&requests), response.to_owned());
+        let kept = Arc::clone(&requests);
         let acceptor = tls.map(|config| TlsAcceptor::from(Arc::new(config)));
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (acceptor, kept, response) = (acceptor.clone(), Arc::clone(&kept), response.clone());
+                let (acceptor, kept, answers) = (acceptor.clone(), Arc::clone(&kept), Arc::clone(&answers));
                 tokio::spawn(async move {
                     match acceptor {
-                        None => answer(stream, &kept, &response).await,
+                        None => answer(stream, &kept, &answers).await,
                         Some(acceptor) => {
                             if let Ok(stream) = acceptor.accept(stream).await {
-                                answer(stream, &kept, &response).await;
+                                answer(stream, &kept, &answers).await;
                             }
                         }
                     }
@@ -93,7 +114,7 @@ impl Origin {
     }
 }
 
-async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, kept: &Mutex<Vec<String>>, response: &str) {
+async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, kept: &Mutex<Vec<String>>, answers: &Answers) {
     let mut bytes = Vec::new();
     let mut chunk = [0_u8; 4096];
     while !bytes.windows(4).any(|window| window == b"\r\n\r\n") {
@@ -102,11 +123,13 @@ async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, kept: &Mutex<Ve
             _ => break,
         }
     }
-    kept.lock().unwrap().push(String::from_utf8_lossy(&bytes).into_owned());
-    let text = format!(
-        "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{response}",
-        response.len()
-    );
-    let _ = stream.write_all(text.as_bytes()).await;
+    let head = String::from_utf8_lossy(&bytes).into_owned();
+    kept.lock().unwrap().push(head.clone());
+    let answer = answers(&head);
+    if answer.is_empty() {
+        let _ = tokio::time::timeout(Duration::from_secs(60), stream.read(&mut chunk)).await;
+        return;
+    }
+    let _ = stream.write_all(&answer).await;
     let _ = stream.shutdown().await;
 }

@@ -1,5 +1,6 @@
 //! `latchgate serve`, and what `latchgate up` shares with it.
 
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +13,9 @@ use crate::config::Config;
 use crate::gate::Gate;
 use crate::privileges;
 use crate::server::{self, ConnectionLimits, listen};
+
+/// How long ending what runs may take, and how long the last answers may take to be read.
+const LAST_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
@@ -30,16 +34,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
 
 /// Checks privileges, builds the gate, listens, and runs until it is told to stop.
 pub(crate) fn start(config: Config) -> Result<(), Failure> {
-    let missing = privileges::missing(&config);
-    if !missing.is_empty() {
-        let lines: Vec<String> = missing.iter().map(|one| format!("  {}: {}", one.what, one.why)).collect();
-        return Err(Failure::new(format!("cannot enforce anything here; missing:\n{}", lines.join("\n"))));
-    }
+    check_privileges()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::new(format!("the runtime does not start: {error}")))?;
     runtime.block_on(serve(config))
+}
+
+/// Refuses with everything that is missing, before anything is made.
+pub(super) fn check_privileges() -> Result<(), Failure> {
+    let missing = privileges::missing();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = missing.iter().map(|one| format!("  {}: {}", one.what, one.why)).collect();
+    Err(Failure::new(format!("cannot enforce anything here; missing:\n{}", lines.join("\n"))))
 }
 
 #[expect(clippy::disallowed_methods, reason = "start-up is measured on the real clock, before any test could pause it")]
@@ -51,33 +61,25 @@ async fn serve(config: Config) -> Result<(), Failure> {
         max_connections: gate.config.limits.max_connections,
         header_timeout: Duration::from_secs(gate.config.limits.header_timeout_seconds),
     };
+    // Heard from before anybody can call, so that no signal ends the gate without a drain.
+    let told_to_stop = told_to_stop()?;
+    let sockets = Sockets::bind(&gate).await?;
     let mut servers = tokio::task::JoinSet::new();
-    for listener in &gate.config.listeners {
-        let bound = match (&listener.path, listener.address) {
-            (Some(path), _) => {
-                let mode = listener.mode.as_deref().and_then(|mode| u32::from_str_radix(mode, 8).ok()).unwrap_or(0o600);
-                listen::unix(path, mode, listener.group).map_err(Failure::new)?
-            }
-            (None, Some(address)) => listen::tcp(address).await.map_err(Failure::new)?,
-            (None, None) => continue,
-        };
-        let identity = Arc::new(listen::identity(&gate.config, listener, &bound));
+    for (bound, identity) in sockets.agents {
         tracing::info!(listener = identity.name, at = %describe(&bound), principal = identity.identity.principal, "listening");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |peer, request| {
             server::agent::handle(Arc::clone(&gate), Arc::clone(&identity), peer, request)
         }));
     }
-    if let Some(path) = &gate.config.operators.socket {
-        let bound = listen::unix(path, 0o600, None).map_err(Failure::new)?;
+    if let Some(bound) = sockets.operators {
         tracing::info!(at = %describe(&bound), "operators");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |_, request| {
             server::operator::handle(Arc::clone(&gate), request)
         }));
     }
-    if let Some(address) = gate.config.metrics.listen {
-        let bound = listen::tcp(address).await.map_err(Failure::new)?;
+    if let Some(bound) = sockets.metrics {
         tracing::info!(at = %describe(&bound), "metrics");
         let gate = Arc::clone(&gate);
         servers.spawn(server::serve(bound, limits, stopping.clone(), move |_, request| {
@@ -86,18 +88,57 @@ async fn serve(config: Config) -> Result<(), Failure> {
         }));
     }
     tracing::info!(took_ms = began.elapsed().as_millis() as u64, "ready");
-    told_to_stop().await?;
+    told_to_stop.await;
     gate.drain();
     tracing::info!(running = gate.running(), "draining");
-    let _ = stop.send(true);
-    let patience = Duration::from_secs(gate.config.limits.drain_seconds);
-    let finished = async { while servers.join_next().await.is_some() {} };
-    if tokio::time::timeout(patience, finished).await.is_err() {
+    // The sockets stay while something runs: who calls now is told so, and does not find nobody there.
+    if !gate.idle_within(Duration::from_secs(gate.config.limits.drain_seconds)).await {
         tracing::warn!(running = gate.running(), "the drain took too long; what runs is ended");
         gate.cancel();
+        if !gate.idle_within(LAST_PATIENCE).await {
+            tracing::error!(running = gate.running(), "executions are left; the kernel closes them");
+        }
     }
-    gate.finish().await;
+    let _ = stop.send(true);
+    let answered = async { while servers.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(LAST_PATIENCE, answered).await;
     Ok(())
+}
+
+/// Every socket, bound before any is served: binding sets the umask of the whole process for a moment, and a gate that
+/// cannot have one of its sockets serves none.
+struct Sockets {
+    agents: Vec<(listen::Bound, Arc<listen::ListenerIdentity>)>,
+    operators: Option<listen::Bound>,
+    metrics: Option<listen::Bound>,
+}
+
+impl Sockets {
+    async fn bind(gate: &Gate) -> Result<Self, Failure> {
+        let config = &gate.config;
+        let mut agents = Vec::new();
+        for listener in &config.listeners {
+            let bound = match (&listener.path, listener.address) {
+                (Some(path), _) => {
+                    let bits = listener.mode.as_deref().and_then(|mode| u32::from_str_radix(mode, 8).ok());
+                    listen::unix(path, bits.unwrap_or(0o600), listener.group).map_err(Failure::new)?
+                }
+                (None, Some(address)) => listen::tcp(address).await.map_err(Failure::new)?,
+                (None, None) => continue,
+            };
+            let identity = Arc::new(listen::identity(config, listener, &bound));
+            agents.push((bound, identity));
+        }
+        let operators = match &config.operators.socket {
+            Some(path) => Some(listen::unix(path, 0o600, None).map_err(Failure::new)?),
+            None => None,
+        };
+        let metrics = match config.metrics.listen {
+            Some(address) => Some(listen::tcp(address).await.map_err(Failure::new)?),
+            None => None,
+        };
+        Ok(Self { agents, operators, metrics })
+    }
 }
 
 fn describe(bound: &listen::Bound) -> String {
@@ -109,13 +150,15 @@ fn describe(bound: &listen::Bound) -> String {
     }
 }
 
-async fn told_to_stop() -> Result<(), Failure> {
+/// Listens for the signals from now on; what it gives is ready when one has come.
+fn told_to_stop() -> Result<impl Future<Output = ()>, Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }

@@ -19,6 +19,7 @@ pub(crate) struct Arguments {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut config = Config::load(arguments.config.as_deref(), std::env::vars()).map_err(Failure::new)?;
+    serve::check_privileges()?;
     let uid = rustix::process::geteuid().as_raw();
     if uid != 0 && config.state_dir == Config::default().state_dir {
         config.state_dir = user_state_dir(uid);

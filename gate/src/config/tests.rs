@@ -60,10 +60,26 @@ fn what_cannot_be_right_does_not_start() {
             "operators.socket = \"/run/x/o.sock\"\n[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"",
             "share",
         ),
+        (
+            "operators.socket = \"/run/x/op/o.sock\"\n[[listeners]]\nname = \"a\"\npath = \"/run/x/a.sock\"\nprincipal = \"p\"",
+            "share",
+        ),
+        (
+            "state_dir = \"/srv/x/state\"\n[[listeners]]\nname = \"a\"\npath = \"/srv/x/./a.sock\"\nprincipal = \"p\"",
+            "state_dir",
+        ),
+        ("[[listeners]]\nname = \"a\"\npath = \"/srv/y/../x/a.sock\"\nprincipal = \"p\"", ".."),
         ("[[budgets]]\nprincipal = \"*\"\nwindow = \"hour\"", "limits nothing"),
         ("[[budgets]]\nprincipal = \"*\"\nwindow = \"eon\"\nmax_calls = 1", "window"),
     ] {
         let error = load(text, &[]).expect_err(text);
         assert!(error.contains(says), "{text}: {error}");
     }
+    // An agent's directory may lie below what is nobody's to mount.
+    load(
+        "state_dir = \"/srv/x/state\"\noperators.socket = \"/srv/x/operator/o.sock\"\n\
+         [[listeners]]\nname = \"a\"\npath = \"/srv/x/a/a.sock\"\nprincipal = \"p\"",
+        &[],
+    )
+    .expect("loads");
 }

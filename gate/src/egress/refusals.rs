@@ -56,12 +56,14 @@ impl Refusals {
         self.leaves().insert(leaf, OfLeaf::default());
     }
 
-    /// Takes what was collected for a leaf, once as many have arrived as the kernel counted or the wait is over.
-    pub async fn take(&self, leaf: LeafId, counted: u64) -> Collected {
+    /// Takes what was collected for a leaf, once all have arrived that the kernel could hand over, or the wait is over.
+    /// `lost` of those that it `counted` it could not.
+    pub async fn take(&self, leaf: LeafId, counted: u64, lost: u64) -> Collected {
+        let coming = counted.saturating_sub(lost);
         let all_here = async {
             loop {
                 let arrived = self.0.arrived.notified();
-                if self.leaves().get(&leaf).is_none_or(|of_leaf| of_leaf.seen >= counted) {
+                if self.leaves().get(&leaf).is_none_or(|of_leaf| of_leaf.seen >= coming) {
                     return;
                 }
                 arrived.await;
@@ -70,6 +72,11 @@ impl Refusals {
         let _ = tokio::time::timeout(PATIENCE, all_here).await;
         let taken = self.leaves().remove(&leaf).unwrap_or_default();
         Collected { complete: taken.seen >= counted, events: taken.events }
+    }
+
+    /// Drops what was collected for a leaf.
+    pub fn forget(&self, leaf: LeafId) {
+        self.leaves().remove(&leaf);
     }
 
     fn note(&self, event: KernelEvent) {

@@ -185,7 +185,7 @@ impl Journal {
         let mut replies = Vec::with_capacity(batch.len());
         let mut insert = transaction.prepare("INSERT INTO records(sequence, body) VALUES (?1, ?2)")?;
         for append in batch {
-            let reply = if !spacious && matches!(append.guard, Guard::Opens(_)) {
+            let reply = if !spacious && matches!(append.guard, Guard::Opens(_) | Guard::None) {
                 Err(LedgerError::NoSpace)
             } else {
                 append_one(&transaction, &mut insert, append, &head, &self.keys)?

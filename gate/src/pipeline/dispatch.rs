@@ -3,11 +3,15 @@
 
 mod interpret;
 
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
+use crate::egress::LeafId;
 use crate::egress::flow::{FlowRecord, Verdict};
 use crate::egress::kernel::{KernelCounts, KernelEvent, KernelProfile};
 use crate::egress::profile::Profile;
@@ -16,7 +20,7 @@ use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
 use crate::pipeline::grant::Grant;
-use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SealedFile};
+use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SandboxError, SealedFile};
 use crate::time::Timestamp;
 
 /// What a kernel entry lives beyond its action's own time: starting the sandbox, and ending it.
@@ -43,6 +47,21 @@ pub struct Outcome {
     pub(super) completed: Option<Completed>,
     pub(super) egress: EgressEvidence,
     pub(super) finished_at: Timestamp,
+}
+
+/// Why there is no completed run.
+#[derive(Debug)]
+enum NotCompleted {
+    /// Nothing of the action ran.
+    NotStarted(String),
+    /// It may have run: nobody gets anything back for it.
+    Unknown(String),
+}
+
+impl From<SandboxError> for NotCompleted {
+    fn from(error: SandboxError) -> Self {
+        if error.nothing_ran() { Self::NotStarted(error.to_string()) } else { Self::Unknown(error.to_string()) }
+    }
 }
 
 /// What the kernel and the proxy saw of one execution.
@@ -90,33 +109,69 @@ impl Summary {
 
 /// Runs what was granted. Always comes back with an outcome: what failed has a receipt too.
 pub async fn run(gate: &Gate, grant: Grant, ids: &Ids) -> Outcome {
-    let (completed, egress) = execute(gate, &grant, ids).await;
+    let (completed, egress) = match unless_it_panics(execute(gate, &grant, ids)).await {
+        Some(ran) => ran,
+        None => (
+            Err(NotCompleted::Unknown("the gate panicked".to_owned())),
+            EgressEvidence { incomplete: true, ..EgressEvidence::default() },
+        ),
+    };
     let interpreted = match &completed {
         Ok(completed) => interpret::interpret(grant.decision().call().manifest(), completed, &egress.flows),
-        Err(message) => interpret::Interpreted::not_started(message),
+        Err(NotCompleted::NotStarted(message)) => interpret::Interpreted::not_started(message),
+        Err(NotCompleted::Unknown(message)) => interpret::Interpreted::unknown(message),
     };
     Outcome { grant, interpreted, completed: completed.ok(), egress, finished_at: Timestamp::now() }
 }
 
-async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> (Result<Completed, String>, EgressEvidence) {
+/// A panic must not cost the receipt. What the future held has been dropped then, the leaf included.
+async fn unless_it_panics<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
+        Ok(polled) => polled.map(Some),
+        Err(_) => std::task::Poll::Ready(None),
+    })
+    .await
+}
+
+type Ran = (Result<Completed, NotCompleted>, EgressEvidence);
+
+async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> Ran {
+    let not_started = |message: String| (Err(NotCompleted::NotStarted(message)), EgressEvidence::default());
     // Waiting for a place is bounded by the grant: a call that is too late is not started.
     let place = match tokio::time::timeout(grant.deadline(), gate.places.acquire()).await {
         Ok(Ok(place)) => place,
-        _ => return (Err("no place for another execution".to_owned()), EgressEvidence::default()),
+        _ => return not_started("no place for another execution".to_owned()),
     };
     let leaf = match gate.cgroups.leaf() {
         Ok(leaf) => leaf,
-        Err(error) => return (Err(error.to_string()), EgressEvidence::default()),
+        Err(error) => return not_started(error.to_string()),
     };
     let ran = confined(gate, grant, ids, &leaf).await;
+    // One that would not die is tried once more, and that waits.
+    let _ = tokio::task::spawn_blocking(move || drop(leaf)).await;
     drop(place);
     ran
 }
 
+/// What an execution has in the kernel's map and among the refusals; given back also when nobody comes to the end.
+struct Traces<'a> {
+    gate: &'a Gate,
+    leaf: LeafId,
+}
+
+impl Drop for Traces<'_> {
+    fn drop(&mut self) {
+        let _ = self.gate.enforcer.retire(self.leaf);
+        self.gate.refusals.forget(self.leaf);
+    }
+}
+
 /// From here on every exit goes through the end of the leaf.
-async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> (Result<Completed, String>, EgressEvidence) {
+async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
     let decision = grant.decision();
     let manifest = decision.call().manifest();
+    let traces = Traces { gate, leaf: leaf.id() };
     gate.refusals.expect(leaf.id());
     let session = gate.proxy.open(
         leaf.id(),
@@ -134,14 +189,17 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> (Result
         Profile::None => KernelProfile::None,
         Profile::Allowlist(_) => KernelProfile::ProxyOnly,
     };
-    let completed = match gate.enforcer.admit(leaf.id(), profile, grant.deadline() + ENTRY_GRACE) {
-        Err(error) => Err(error.to_string()),
+    // A program that was detached since the start would hold nothing: then nothing runs.
+    let held = || gate.enforcer.health();
+    let admitted = held().and_then(|()| gate.enforcer.admit(leaf.id(), profile, grant.deadline() + ENTRY_GRACE));
+    let completed = match admitted {
+        Err(error) => Err(NotCompleted::NotStarted(error.to_string())),
         Ok(()) => match job(gate, grant) {
-            Err(message) => Err(message),
-            Ok(job) => gate.runner.run(leaf, job, gate.cancelled()).await.map_err(|error| error.to_string()),
+            Err(message) => Err(NotCompleted::NotStarted(message)),
+            Ok(job) => gate.runner.run(leaf, job, gate.cancelled()).await.map_err(NotCompleted::from),
         },
     };
-    let mut egress = EgressEvidence::default();
+    let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
     let doomed = leaf.clone();
     let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
     egress.flows = session.close().await;
@@ -152,8 +210,9 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> (Result
             egress.incomplete = true;
         }
     }
-    let counted = egress.counts.as_ref().map_or(0, |counts| counts.denied.total());
-    let collected = gate.refusals.take(leaf.id(), counted).await;
+    let (counted, lost) = egress.counts.as_ref().map_or((0, 0), |counts| (counts.denied.total(), counts.events_lost));
+    let collected = gate.refusals.take(leaf.id(), counted, lost).await;
+    std::mem::forget(traces);
     egress.incomplete |= !collected.complete;
     egress.refusals = collected.events;
     let doomed = leaf.clone();
@@ -188,7 +247,10 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
             let room = response_bytes.saturating_mul(6).saturating_add(256 << 10);
             (Program::HttpWorker, job.to_string().into_bytes(), room)
         }
-        Prepared::Command { command, stdin } => (program(gate, command), stdin.clone(), response_bytes),
+        Prepared::Command { command, stdin } => {
+            let reaches = !grant.decision().profile().is_none();
+            (program(gate, command, reaches), stdin.clone(), response_bytes)
+        }
     };
     Ok(Job {
         program,
@@ -206,10 +268,12 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
 
 /// The command as the sandbox takes it. A program that knows proxies finds the gate's in its environment; one that
 /// does not, or will not, is the kernel's to stop.
-fn program(gate: &Gate, command: &Command) -> Program {
-    let proxy = format!("http://{}", gate.proxy.addresses().v4);
-    let mut env: Vec<(String, String)> =
-        PROXY_VARIABLES.iter().map(|name| ((*name).to_owned(), proxy.clone())).collect();
+fn program(gate: &Gate, command: &Command, reaches: bool) -> Program {
+    let mut env: Vec<(String, String)> = Vec::new();
+    if reaches {
+        let proxy = format!("http://{}", gate.proxy.addresses().v4);
+        env.extend(PROXY_VARIABLES.iter().map(|name| ((*name).to_owned(), proxy.clone())));
+    }
     env.extend(command.env.iter().map(|(name, value)| (name.clone(), value.clone())));
     Program::Command {
         argv: command.argv.clone(),

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::task::block_in_place;
+
 use crate::action::canonical;
 use crate::gate::Gate;
 use crate::ledger::{self, IntentRecord, LedgerError, Plan};
@@ -71,7 +73,7 @@ pub enum GrantError {
 pub async fn issue(gate: &Gate, caller: &Caller, decision: Decision, ids: &Ids) -> Result<Grant, (String, Refusal)> {
     let action_id = decision.call().manifest().action_id.clone();
     let now = Timestamp::now();
-    let debit = match gate.budgets.debit(caller, decision.call().manifest().cost_usd_cents, now) {
+    let debit = match block_in_place(|| gate.budgets.debit(caller, decision.call().manifest().cost_usd_cents, now)) {
         Ok(debit) => debit,
         Err(error) => return Err((action_id, error.into())),
     };
@@ -80,7 +82,7 @@ pub async fn issue(gate: &Gate, caller: &Caller, decision: Decision, ids: &Ids) 
             Ok(Grant { decision, debit, grant_id, principal: caller.principal().to_owned(), deadline, started_at: now })
         }
         Err(error) => {
-            gate.budgets.refund(&debit);
+            block_in_place(|| gate.budgets.refund(&debit));
             Err((action_id, error.into()))
         }
     }

@@ -19,7 +19,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     let summary = outcome.summary();
     let Outcome { grant, interpreted, completed, egress, finished_at } = outcome;
     if !interpreted.dispatched {
-        gate.budgets.refund(grant.debit());
+        tokio::task::block_in_place(|| gate.budgets.refund(grant.debit()));
     }
     let call = grant.decision().call();
     let manifest = call.manifest();

@@ -73,11 +73,12 @@ impl CgroupTree {
         for path in [&shared, &own, &gate, &actions] {
             make_directory(path)?;
         }
-        let lock = File::open(&actions).map_err(io_error(&actions, "open"))?;
+        // Of the instance's own directory: `actions` is locked by whoever attaches the kernel program to it.
+        let lock = File::open(&own).map_err(io_error(&own, "open"))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(actions)),
-            Err(error) => return Err(io_error(&actions, "lock")(error.into())),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(own)),
+            Err(error) => return Err(io_error(&own, "lock")(error.into())),
         }
         write(&gate.join("cgroup.procs"), "0")?;
         for path in [&base, &shared, &own, &actions] {

@@ -7,10 +7,11 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Method, Request, StatusCode, header};
 use serde_json::{Value, json};
+use tokio::task::block_in_place;
 
 use super::listen::{ListenerIdentity, Peer};
 use super::{Answer, body, error};
-use crate::auth::lease::{LeaseRequest, NewLease};
+use crate::auth::lease::{LeaseRequest, LeaseRequestError, NewLease};
 use crate::gate::{Gate, Readiness};
 use crate::pipeline::{self, Executed, Ids, Refusal, Refused, authenticate};
 use crate::time::Timestamp;
@@ -147,11 +148,10 @@ async fn route(
             Ok(super::json(StatusCode::OK, &result(&executed, id)))
         }
         Route::Receipt(id) => {
-            let caller = authenticate::authenticate(gate, &presented()).map_err(refuse)?;
-            receipt(gate, &caller, id).map_err(refuse)
+            block_in_place(|| receipt(gate, &authenticate::authenticate(gate, &presented())?, id)).map_err(refuse)
         }
         Route::ApprovalPoll(_) => {
-            authenticate::authenticate(gate, &presented()).map_err(refuse)?;
+            block_in_place(|| authenticate::authenticate(gate, &presented())).map_err(refuse)?;
             // Nothing is ever held yet, so no approval has any id.
             Err(refuse(Refusal::NotFound))
         }
@@ -181,7 +181,10 @@ fn readyz(readiness: &Readiness) -> Answer {
 /// A lease needs no token: who calls is the listener, narrowed by the peer.
 fn lease(gate: &Gate, listener: &ListenerIdentity, peer: Peer, body: &[u8]) -> Result<Answer, Refusal> {
     let principal = listener.principal_of(peer)?;
-    let request = LeaseRequest::parse(body).map_err(|error| Refusal::InvalidRequest { message: error.to_string() })?;
+    let request = LeaseRequest::parse(body).map_err(|error| match error {
+        LeaseRequestError::Json(ambiguous) => Refusal::Validate(ambiguous.into()),
+        other => Refusal::InvalidRequest { message: other.to_string() },
+    })?;
     if let Some(missing) = request.scopes.iter().find(|scope| !listener.scopes.contains(scope)) {
         return Err(pipeline::resolve::ResolveError::ScopeNotPermitted { missing: missing.clone() }.into());
     }

@@ -72,6 +72,9 @@ pub fn answer(refused: &Refused) -> Answer {
         // RFC 9449 §7.1
         headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("DPoP algs=\"ES256\""));
     }
+    if matches!(*refused.cause, Refusal::Busy) {
+        headers.insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
+    }
     if let Refusal::MethodNotAllowed { allow } = *refused.cause {
         headers.insert(header::ALLOW, header::HeaderValue::from_static(allow));
     }
@@ -105,6 +108,7 @@ fn table(cause: &Refusal) -> Row {
     use Level::{Debug, Error, Warn};
     match cause {
         Refusal::Draining => row(503, "draining", Debug),
+        Refusal::Busy => row(429, "rate_limited", Warn),
         Refusal::NotFound => row(404, "not_found", Debug),
         Refusal::MethodNotAllowed { .. } => row(405, "method_not_allowed", Debug),
         Refusal::InvalidRequest { message } => row(400, "invalid_request", Debug).with("message", message.as_str()),

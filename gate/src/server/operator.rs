@@ -51,7 +51,7 @@ impl Route {
 pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
     let ids = Ids::mint();
     let path = request.uri().path().to_owned();
-    let operator = authenticate(&gate, &request);
+    let operator = tokio::task::block_in_place(|| authenticate(&gate, &request));
     let name = operator.as_ref().map(|operator| operator.name().to_owned()).ok();
     let answered = match operator {
         Err(cause) => Err(cause),

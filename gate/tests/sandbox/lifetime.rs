@@ -79,8 +79,14 @@ async fn many_at_once_do_not_hold_each_other() {
             job.stdin = vec![b'x'; 100_000];
             job.limits.timeout = Duration::from_secs(if number == 7 { 1 } else { 60 });
             let done = run(job).await;
-            let expected = if number == 7 { Exit::TimedOut } else { Exit::Code(0) };
-            assert_eq!((done.exit, done.stdout.len()), (expected, 100_001 + number.to_string().len()));
+            let whole = 100_001 + number.to_string().len();
+            if number == 7 {
+                // How far it comes in its second is the machine's business.
+                assert_eq!(done.exit, Exit::TimedOut);
+                assert!(done.stdout.len() <= whole);
+            } else {
+                assert_eq!((done.exit, done.stdout.len()), (Exit::Code(0), whole));
+            }
         }
     };
     let all: Vec<_> = (0..24).map(|number| tokio::spawn(one(number))).collect();

@@ -61,6 +61,8 @@ fn an_http_manifest_is_read() {
     assert_eq!(manifest.warnings, []);
     assert_eq!(manifest.provider(), "builtin:http_api");
     assert_eq!(manifest.required_scopes, ["tools:call"]);
+    let none_of_its_own = replaced(HTTP, "tags: [test]", "required_scopes: []").unwrap();
+    assert!(none_of_its_own.required_scopes.is_empty());
     assert_eq!(manifest.risk_level, RiskLevel::Low);
     assert_eq!(manifest.limits.timeout_seconds, 5);
     assert_eq!(manifest.limits.max_host_response_bytes, ResourceLimits::default().max_host_response_bytes);
@@ -151,7 +153,6 @@ fn what_is_wrong_is_told_with_its_line() {
         ("[api.example.com]", "[{domain: api.example.com, port: 443}]", Some(19), "port"),
         ("risk_level: low", "risk_level: none", Some(20), "none"),
         ("verifier_kind: http_status", "verifier_kind: database", Some(21), "database"),
-        ("tags: [test]", "required_scopes: []", Some(23), "required_scopes"),
         ("tags: [test]", "required_scopes: [\"Tools:Call\"]", Some(23), "space:name"),
         ("tags: [test]", "tags: [test]\ntags: [again]", Some(24), "duplicate"),
         ("tags: [test]", "verification_config: { expected_status: [99] }", None, "99"),

@@ -29,17 +29,16 @@ pub fn lock(config: &KernelConfig) -> Result<OwnedFd, KernelError> {
     {
         return Err(KernelError::Instance(config.instance.clone()));
     }
-    // The gate's own directory: that of the leaves is locked by whoever makes the tree.
-    let directory = cgroup(&config.gate)?;
+    let directory = cgroup(&config.actions)?;
     // A child of a dying predecessor that has not reached exec may hold the lock for a moment longer.
     for _ in 0..20 {
         match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(directory),
             Err(rustix::io::Errno::WOULDBLOCK) => thread::sleep(Duration::from_millis(50)),
-            Err(error) => return Err(KernelError::io(config.gate.display().to_string())(error.into())),
+            Err(error) => return Err(KernelError::io(config.actions.display().to_string())(error.into())),
         }
     }
-    Err(KernelError::InUse(config.gate.clone()))
+    Err(KernelError::InUse(config.actions.clone()))
 }
 
 /// Opens a cgroup directory; anything else is refused, because a program attached elsewhere holds nobody.
@@ -77,9 +76,14 @@ pub fn bpffs(config: &KernelConfig) -> Result<PathBuf, KernelError> {
     let refused = |source| KernelError::NoBpffs { path: config.bpffs.clone(), source };
     let is_bpffs = |path: &Path| -> io::Result<bool> { Ok(magic(fs::File::open(path)?)? == BPF_FS_MAGIC) };
     if !is_bpffs(&config.bpffs).map_err(refused)? {
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount("bpf", &config.bpffs, "bpf", flags, Some(c"mode=0700"))
-            .map_err(|error| refused(error.into()))?;
+        // One gate at a time: a second mount would cover the first, and the pins that another gate has made there.
+        let bare = fs::File::open(&config.bpffs).map_err(refused)?;
+        rustix::fs::flock(&bare, FlockOperation::LockExclusive).map_err(|error| refused(error.into()))?;
+        if !is_bpffs(&config.bpffs).map_err(refused)? {
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            rustix::mount::mount("bpf", &config.bpffs, "bpf", flags, Some(c"mode=0700"))
+                .map_err(|error| refused(error.into()))?;
+        }
     }
     Ok(config.bpffs.join("latchgate").join(&config.instance))
 }

@@ -41,6 +41,17 @@ fn an_event_is_read_as_it_was_written() {
 }
 
 #[test]
+fn an_event_of_a_machine_that_runs_for_years_can_be_signed() {
+    let mut raw = refusal();
+    raw.at_ns = 10 * 365 * 86_400 * 1_000_000_000;
+    let event = parse(&bytes_of(&raw), raw.at_ns, Timestamp::from_millis(10_000)).unwrap();
+    let shown = serde_json::to_value(&event).unwrap();
+    // RFC 8785 numbers are doubles: past 2^53 the ledger refuses the whole receipt.
+    let numbers: Vec<u64> = shown.as_object().unwrap().values().filter_map(serde_json::Value::as_u64).collect();
+    assert!(!numbers.is_empty() && numbers.iter().all(|number| *number < 1 << 53), "{shown}");
+}
+
+#[test]
 fn bytes_that_are_no_event_are_not_read() {
     let whole = bytes_of(&refusal());
     let read = |bytes: &[u8]| parse(bytes, 0, Timestamp::from_millis(0));

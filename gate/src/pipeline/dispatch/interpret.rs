@@ -47,6 +47,12 @@ impl Interpreted {
         tracing::error!(message, "an execution did not start");
         Self { dispatched: false, ..Self::failed(internal_error, "not_started", "the sandbox could not be made") }
     }
+
+    /// Nobody can say whether it ran, or how far.
+    pub fn unknown(message: &str) -> Self {
+        tracing::error!(message, "it is not known how an execution ended");
+        Self::failed(internal_error, "outcome_unknown", "it is not known how the execution ended")
+    }
 }
 
 fn provider_failure(reason: String) -> NormalizedResult {
