@@ -1,4 +1,5 @@
 //! Everything that a fuzz target was given, or has found, once more.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test, and the checks that it shares with the targets")]
 
 #[path = "../../fuzz/checks.rs"]
 mod checks;

@@ -33,14 +33,15 @@ enum Failure {
 
 /// Sends the request and passes the answer on. Both sides are kept where the request and the answer leave them open.
 pub async fn exchange(connection: &Connection, mut client: Client, mut up: Up, request: &Forward) -> Outcome {
-    if request.expects_continue
-        && request.version == Version::Http11
-        && client.sink.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.is_err()
-    {
-        return Outcome::Over(End::ClientFailed);
+    if request.expects_continue && request.version == Version::Http11 {
+        let go_on = client.sink.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await;
+        if go_on.is_err() || client.sink.flush().await.is_err() {
+            return Outcome::Over(End::ClientFailed);
+        }
     }
     let mut started = false;
-    let mut sent = false;
+    // Over in any way, and with all of the request on its way: only then is the client's next byte another request's.
+    let (mut sent, mut whole) = (false, false);
     let outcome = {
         let send = send(request, &mut client.source, &mut up.sink);
         let receive = receive(request, &mut up.source, &mut client.sink, &mut started);
@@ -50,8 +51,9 @@ pub async fn exchange(connection: &Connection, mut client: Client, mut up: Up, r
                 result = &mut send, if !sent => {
                     sent = true;
                     match result {
+                        Ok(()) => whole = true,
                         // An origin that stops reading may still say why.
-                        Ok(()) | Err(Failure::Upstream(_)) => {}
+                        Err(Failure::Upstream(_)) => {}
                         Err(failure) => break Err(failure),
                     }
                 }
@@ -60,7 +62,7 @@ pub async fn exchange(connection: &Connection, mut client: Client, mut up: Up, r
         }
     };
     let end = match outcome {
-        Ok(true) if sent => return Outcome::Again(client, up),
+        Ok(true) if whole => return Outcome::Again(client, up),
         Ok(_) => {
             if sent {
                 up.finish();

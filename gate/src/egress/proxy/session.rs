@@ -267,6 +267,7 @@ impl Connection {
     pub fn carried(&self, original: SocketAddr) {
         let mut record = lock(&self.record);
         record.carried = true;
+        record.name = Some(original.ip().to_canonical().to_string());
         record.port = Some(original.port());
         record.protocol = Some(Protocol::Tcp);
     }

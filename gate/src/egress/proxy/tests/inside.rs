@@ -168,3 +168,29 @@ async fn what_an_origin_says_unasked_is_nobodys_answer() {
     assert!(timeout(Duration::from_secs(5), stream.read_u8()).await.unwrap().is_err());
     session.close().await;
 }
+
+/// The rest of a body that the origin did not want must not become the client's next request.
+#[tokio::test]
+async fn an_origin_that_answers_early_ends_the_connection() {
+    let bench = Bench::plain().await;
+    let origin = Origin::doing(|mut stream, seen| async move {
+        let head = read_head(&mut stream).await;
+        seen.lock().unwrap().push(String::from_utf8(head).unwrap());
+        stream.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno").await.unwrap();
+        stream.set_zero_linger().unwrap();
+    })
+    .await;
+    let session = bench.open(&[("origin.test", origin.port)]);
+    let host = format!("Host: origin.test:{}\r\n", origin.port);
+    let hidden = format!("GET /hidden HTTP/1.1\r\n{host}\r\n");
+    for _ in 0..10 {
+        let mut stream = bench.dial_carried(&format!("198.18.0.1:{}", origin.port)).await;
+        let body = hidden.repeat(20_000);
+        let request = format!("POST / HTTP/1.1\r\n{host}Content-Length: {}\r\n\r\n{body}", body.len());
+        let _ = stream.write_all(request.as_bytes()).await;
+        let _ = stream.shutdown().await;
+        let _ = timeout(Duration::from_secs(10), stream.read_to_end(&mut Vec::new())).await.unwrap();
+    }
+    assert!(origin.seen().iter().all(|request| request.starts_with("POST / ")));
+    session.close().await;
+}
