@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 pub mod address;
+pub mod client_hello;
 pub mod explain;
 pub mod flow;
 pub mod flows;
@@ -13,6 +14,7 @@ pub mod profile;
 pub mod proxy;
 pub mod refusals;
 pub mod resolver;
+pub mod terminate;
 
 /// The kernel's id of a leaf cgroup: its inode in the v2 tree. Never reused while the gate that saw it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,7 +41,7 @@ pub trait Attribution: Send + Sync {
 }
 
 /// A DNS query as the resolver received it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DatagramKey {
     /// The cookie of the network namespace that the resolver's socket is in (SO_NETNS_COOKIE); `None`: the gate's own.
     pub netns: Option<u64>,
@@ -62,31 +64,5 @@ pub struct Asker {
 pub trait DatagramAttribution: Send + Sync {
     /// Takes the record: to be called once for each query, also where the socket already says whose it can only be,
     /// because a leaf's records are bounded. `None` when the kernel has none, and then there is no answer.
-    fn asker(&self, query: &DatagramKey) -> Option<Asker>;
-}
-
-/// A datagram that the resolver received: what the kernel's record of who sent it is found by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct DatagramKey {
-    /// The cookie of the network namespace that it came from; `None` for the gate's own.
-    pub netns: Option<u64>,
-    pub source: SocketAddr,
-    /// The port of the resolver that it came to.
-    pub slot_port: u16,
-    /// The transaction id of the DNS message.
-    pub id: u16,
-}
-
-/// Who sent a datagram.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asker {
-    pub leaf: LeafId,
-    /// The server that it was sent to, which the answer will appear to come from.
-    pub server: SocketAddr,
-}
-
-/// Who sent a datagram, as the kernel recorded it when it was sent.
-pub trait DatagramAttribution: Send + Sync {
-    /// Takes the record of this datagram; `None` when there is none, and then the datagram is nobody's.
     fn asker(&self, query: &DatagramKey) -> Option<Asker>;
 }

@@ -206,6 +206,25 @@ fn classify_v6(address: Ipv6Addr) -> Result<(), Refused> {
     }
 }
 
+/// The class of a network all of whose addresses are non-public in one way, from its first to its last; `None` for any
+/// other. An entry that names such a network means it, and one that is so wide that it holds them by the way does not.
+pub fn class_of(network: IpAddr, prefix: u8) -> Option<&'static str> {
+    let last = match network {
+        IpAddr::V4(network) => {
+            let hosts = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
+            IpAddr::V4((u32::from(network) | hosts).into())
+        }
+        IpAddr::V6(network) => {
+            let hosts = u128::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
+            IpAddr::V6((u128::from(network) | hosts).into())
+        }
+    };
+    match (classify(network), classify(last)) {
+        (Err(first), Err(last)) if first == last => Some(first.class),
+        _ => None,
+    }
+}
+
 /// A network in CIDR form; a bare address is a network of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cidr {

@@ -27,6 +27,14 @@ pub struct FlowRecord {
     pub address: Option<IpAddr>,
     pub port: Option<u16>,
     pub protocol: Option<Protocol>,
+    /// The server name of the ClientHello that was read, as it was sent.
+    pub sni: Option<String>,
+    /// How the name was held to what is inside; absent as long as nothing was let through.
+    pub name_verified: Option<NameVerified>,
+    /// Whether the client connected to the name's own address, and the kernel brought it to the proxy.
+    pub carried: bool,
+    /// Whether what was carried was not looked into.
+    pub opaque: bool,
     pub verdict: Verdict,
     pub decided_by: DecidedBy,
     /// `profile` when the profile allowed it, otherwise the reason of the refusal.
@@ -52,12 +60,16 @@ pub struct FlowRecord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
-    /// A CONNECT tunnel; what is inside was not seen.
+    /// A CONNECT tunnel of which no more is known.
     Connect,
-    /// A request to an `http://` origin.
+    /// Requests to an `http://` origin.
     Http,
-    /// A request to an `https://` origin over TLS that the proxy made and verified.
+    /// Requests to an `https://` origin over TLS that the proxy made and verified.
     Https,
+    /// TLS between the client and the origin.
+    Tls,
+    /// Bytes of a protocol that the proxy does not know.
+    Tcp,
     /// A query to the resolver. Its bytes are not counted here: over UDP they are no connection's, and over TCP they
     /// are those of the connection that carried them.
     Dns,
@@ -72,6 +84,18 @@ pub enum DecidedBy {
     /// The resolver that sandboxes see.
     Resolver,
     Proxy,
+}
+
+/// What shows that a connection is for the name that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NameVerified {
+    /// The server name in the ClientHello.
+    Sni,
+    /// The Host of every request.
+    Host,
+    /// Only that the gate looked the name up and dialled what it found.
+    Dns,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -19,26 +19,35 @@ use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use self::connection::Means;
 use self::dial::Dialer;
 use self::reply::Reply;
 use self::session::{Registry, State};
 use super::address::{AllowAddresses, Host};
 use super::flow::{End, FlowRecord};
 use super::resolver::{Resolver, ResolverConfig, servers_of};
+use super::terminate::Authority;
 use super::{Attribution, LeafId};
 
-pub use self::session::Session;
+pub use self::leg::Duplex;
+pub use self::session::{DnsOverTcp, Names, Session};
 
+mod carried;
 pub mod chunked;
+mod client;
 mod connection;
 mod count;
 mod dial;
 mod forward;
 pub mod head;
+mod inside;
+mod leg;
+mod passthrough;
 mod reply;
-mod request;
+pub mod request;
 mod session;
 mod source;
+mod tunnel;
 
 pub use self::reply::DECISION_ID;
 
@@ -125,8 +134,7 @@ pub struct ProxyAddresses {
 struct Shared {
     attribution: Arc<dyn Attribution>,
     registry: Registry,
-    dialer: Dialer,
-    limits: Limits,
+    means: Means,
     strangers: Semaphore,
     flows: broadcast::Sender<Arc<FlowRecord>>,
     sweeps: Vec<mpsc::Sender<oneshot::Sender<()>>>,
@@ -155,6 +163,7 @@ impl Proxy {
         };
         let resolver = Resolver::new(ResolverConfig { hosts: hosts(config.hosts)?, servers, timeout: limits.dns_time });
         let dialer = Dialer::new(resolver, config.allow_addresses, config.ca_file.as_deref(), limits.connect_time)?;
+        let authority = Authority::new().map_err(|error| ProxyError::Tls(error.to_string()))?;
         let (v4, v6) = bind().await.map_err(ProxyError::Bind)?;
         let port = v4.local_addr().map_err(ProxyError::Bind)?.port();
         let addresses = ProxyAddresses {
@@ -166,8 +175,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             attribution,
             registry: Registry::default(),
-            dialer,
-            limits,
+            means: Means { dialer, authority, limits },
             strangers: Semaphore::new(MAX_STRANGERS),
             flows: broadcast::Sender::new(1024),
             sweeps: senders,
@@ -175,7 +183,7 @@ impl Proxy {
         let listeners = bound
             .into_iter()
             .zip(receivers)
-            .map(|(listener, sweeps)| tokio::spawn(accept(Arc::clone(&shared), listener, sweeps)).abort_handle())
+            .map(|(listener, sweeps)| tokio::spawn(accept(Arc::clone(&shared), listener, None, sweeps)).abort_handle())
             .collect();
         Ok(Self { shared, addresses, listeners })
     }
@@ -186,8 +194,39 @@ impl Proxy {
 
     /// Serves the execution in this leaf until the session is closed or dropped.
     pub fn open(&self, leaf: LeafId, session: Session) -> OpenSession {
-        let state = self.shared.registry.insert(leaf, session, &self.shared.limits, &self.shared.flows);
-        OpenSession { leaf, state, shared: Arc::clone(&self.shared) }
+        let state = self.shared.registry.insert(leaf, session, &self.shared.means.limits, &self.shared.flows);
+        OpenSession { leaf, state, shared: Arc::clone(&self.shared), sweeps: Vec::new(), listeners: Vec::new() }
+    }
+
+    /// The same, for an execution in a network namespace of its own, which these listeners are in. Whoever connects to
+    /// them must be recorded by the kernel as that execution too.
+    ///
+    /// # Errors
+    /// When a listener cannot be used; the execution is not served then.
+    pub fn open_with_listeners(
+        &self,
+        leaf: LeafId,
+        session: Session,
+        listeners: Vec<std::net::TcpListener>,
+    ) -> io::Result<OpenSession> {
+        let usable = |listener: std::net::TcpListener| {
+            listener.set_nonblocking(true)?;
+            TcpListener::from_std(listener)
+        };
+        let listeners: Vec<_> = listeners.into_iter().map(usable).collect::<io::Result<_>>()?;
+        let mut open = self.open(leaf, session);
+        for listener in listeners {
+            let (sweep, sweeps) = mpsc::channel(1);
+            open.sweeps.push(sweep);
+            let task = tokio::spawn(accept(Arc::clone(&self.shared), listener, Some(leaf), sweeps));
+            open.listeners.push(task.abort_handle());
+        }
+        Ok(open)
+    }
+
+    /// The certificate of the authority that this start has made, for the trust bundle of a sandbox.
+    pub fn ca_pem(&self) -> &str {
+        self.shared.means.authority.pem()
     }
 
     /// Every record from now on as it is made, those of connections that are nobody's included. A receiver that falls
@@ -208,6 +247,9 @@ pub struct OpenSession {
     leaf: LeafId,
     state: Arc<State>,
     shared: Arc<Shared>,
+    /// Of the listeners in the execution's own namespace.
+    sweeps: Vec<mpsc::Sender<oneshot::Sender<()>>>,
+    listeners: Vec<AbortHandle>,
 }
 
 impl OpenSession {
@@ -220,7 +262,7 @@ impl OpenSession {
     /// Ends the service: every connection is cut, waited for and noted. Call it when nothing runs in the leaf any
     /// more; what the kernel accepted before that is noted too.
     pub async fn close(self) -> Vec<FlowRecord> {
-        for sweep in &self.shared.sweeps {
+        for sweep in self.shared.sweeps.iter().chain(&self.sweeps) {
             let (done, swept) = oneshot::channel();
             if sweep.send(done).await.is_ok() {
                 let _ = timeout(SWEEP_TIME, swept).await;
@@ -233,6 +275,7 @@ impl OpenSession {
 
 impl Drop for OpenSession {
     fn drop(&mut self) {
+        self.listeners.iter().for_each(AbortHandle::abort);
         self.shared.registry.remove(self.leaf, &self.state);
     }
 }
@@ -265,11 +308,17 @@ async fn bind() -> io::Result<(TcpListener, Option<TcpListener>)> {
     }
 }
 
-async fn accept(shared: Arc<Shared>, listener: TcpListener, mut sweeps: mpsc::Receiver<oneshot::Sender<()>>) {
+/// Takes what comes to a listener; `whose` it is, where only one execution can reach it.
+async fn accept(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    whose: Option<LeafId>,
+    mut sweeps: mpsc::Receiver<oneshot::Sender<()>>,
+) {
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, client)) => take(&shared, stream, client),
+                Ok((stream, client)) => take(&shared, stream, client, whose),
                 // Out of descriptors or memory: the backlog waits.
                 Err(error) => {
                     tracing::warn!(%error, "the proxy could not accept a connection");
@@ -277,7 +326,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, mut sweeps: mpsc::Re
                 }
             },
             Some(done) = sweeps.recv() => {
-                sweep(&shared, &listener);
+                sweep(&shared, &listener, whose);
                 let _ = done.send(());
             }
         }
@@ -285,29 +334,33 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, mut sweeps: mpsc::Re
 }
 
 /// Takes all that the kernel has accepted so far, whether or not the runtime has heard of it.
-fn sweep(shared: &Arc<Shared>, listener: &TcpListener) {
+fn sweep(shared: &Arc<Shared>, listener: &TcpListener, whose: Option<LeafId>) {
     let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
     while let Ok(accepted) = rustix::net::accept_with(listener, flags) {
         let stream = std::net::TcpStream::from(accepted);
         let Ok(client) = stream.peer_addr() else { continue };
         if let Ok(stream) = TcpStream::from_std(stream) {
-            take(shared, stream, client);
+            take(shared, stream, client, whose);
         }
     }
 }
 
-fn take(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr) {
+fn take(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr, whose: Option<LeafId>) {
     let admitted = shared
         .attribution
-        .leaf_of(stream.as_fd())
+        .caller(stream.as_fd())
         .ok_or("unattributed")
-        .and_then(|leaf| shared.registry.admit(leaf, client).ok_or("no_session"));
+        .and_then(|caller| match whose {
+            Some(leaf) if leaf != caller.leaf => Err("listener_mismatch"),
+            _ => Ok(caller),
+        })
+        .and_then(|caller| Ok((shared.registry.admit(caller.leaf, client).ok_or("no_session")?, caller.original)));
     match admitted {
-        Ok(Ok(connection)) => {
+        Ok((Ok(connection), original)) => {
             let shared = Arc::clone(shared);
-            tokio::spawn(async move { connection::serve(connection, stream, &shared.dialer, &shared.limits).await });
+            tokio::spawn(async move { connection::serve(connection, stream, original, &shared.means).await });
         }
-        Ok(Err((state, full))) => {
+        Ok((Err((state, full)), _)) => {
             let decision_id = state.note_full(full, client);
             let reply = Reply::denied("connection_limit", "this execution has made as many connections as it may");
             dismiss(shared, stream, reply.to_bytes(&decision_id, false));

@@ -189,6 +189,8 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
             principal: owner.principal,
             workspace: owner.workspace,
             profile: Arc::new(decision.profile().clone()),
+            names: None,
+            dns: None,
         },
     );
     if let Prepared::Http(_) = decision.call().prepared() {

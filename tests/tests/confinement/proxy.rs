@@ -282,7 +282,7 @@ answer = raw(f\"POST http://{p['at']}/bytes/100003 HTTP/1.1\\r\\nHost: {p['at']}
 tunnel = socket.create_connection(('127.0.0.1', PROXY), 20)
 tunnel.sendall(f\"CONNECT {p['at']} HTTP/1.1\\r\\nHost: {p['at']}\\r\\n\\r\\n\".encode())
 established = tunnel.recv(1000)
-tunnel.sendall(b'GET /bytes/77 HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')
+tunnel.sendall(f\"GET /bytes/77 HTTP/1.1\\r\\nHost: {p['at']}\\r\\n\\r\\n\".encode())
 inner = b''
 while piece := tunnel.recv(1000):
     inner += piece

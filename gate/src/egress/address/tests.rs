@@ -217,3 +217,22 @@ fn networks_are_read_strictly() {
     }
     assert!(AllowAddresses::default().check(ip("127.0.0.1")).is_err());
 }
+
+#[test]
+fn only_a_network_that_is_non_public_as_a_whole_has_a_class() {
+    for (network, prefix, class) in [
+        ("10.0.0.0", 8, Some("private")),
+        ("10.1.2.3", 32, Some("private")),
+        ("127.0.0.1", 32, Some("loopback")),
+        ("169.254.169.254", 32, Some("link_local")),
+        ("fd00::", 8, Some("unique_local")),
+        ("10.0.0.0", 7, None),
+        ("0.0.0.0", 0, None),
+        ("128.0.0.0", 1, None),
+        ("::", 0, None),
+        ("192.168.0.0", 15, None),
+        ("93.184.216.0", 24, None),
+    ] {
+        assert_eq!(class_of(network.parse().unwrap(), prefix), class, "{network}/{prefix}");
+    }
+}

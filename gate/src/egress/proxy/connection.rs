@@ -1,52 +1,59 @@
-//! One connection of a sandbox, from its first byte to its record. Each carries one tunnel or one request, so that there
-//! is nothing after it that could be taken for another.
+//! One connection of a sandbox, from its first byte to its record.
 
-use std::time::Duration;
+use std::net::SocketAddr;
 
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use super::Limits;
+use super::client::Client;
 use super::count::Counted;
 use super::dial::Dialer;
-use super::forward;
+use super::forward::{self, Outcome};
+use super::leg::{Leg, Up};
 use super::reply::Reply;
-use super::request::{Request, Target};
+use super::request::Request;
 use super::session::Connection;
-use super::source::{ReadError, Source};
-use crate::egress::flow::{End, Protocol};
+use super::source::ReadError;
+use super::tunnel::{self, Way};
+use super::{Limits, carried};
+use crate::egress::flow::{End, NameVerified, Protocol};
+use crate::egress::profile::EntryProtocol;
+use crate::egress::terminate::Authority;
 
-/// How long, and for how many bytes, a client that got its answer may go on sending before its socket is closed: a
-/// socket that is closed with unread bytes resets the connection, and the answer is lost.
-const LINGER_TIME: Duration = Duration::from_secs(1);
-const LINGER_BYTES: u64 = 1024 * 1024;
-
-/// The client's two directions.
-pub struct Client {
-    pub source: Source<ReadHalf<Counted>>,
-    pub sink: WriteHalf<Counted>,
+/// What serves connections.
+pub struct Means {
+    pub dialer: Dialer,
+    pub authority: Authority,
+    pub limits: Limits,
 }
 
-/// Serves a connection until it is over for any reason, the end of its execution included.
-pub async fn serve(connection: Connection, stream: TcpStream, dialer: &Dialer, limits: &Limits) {
+/// Serves a connection until it is over for any reason, the end of its execution included. `original` is where it was
+/// to go, if that was not the proxy.
+pub async fn serve(connection: Connection, stream: TcpStream, original: Option<SocketAddr>, means: &Means) {
     let client = Counted::sandbox(stream, connection.counts.clone(), connection.state().budget.clone());
     let end = tokio::select! {
         biased;
         () = connection.state().over() => End::OpenAtClose,
-        () = sleep(limits.connection_time) => End::TimeLimit,
-        () = connection.counts.idle(limits.idle_time) => End::Idle,
-        end = handle(&connection, client, dialer, limits) => end,
+        () = sleep(means.limits.connection_time) => End::TimeLimit,
+        () = connection.counts.idle(means.limits.idle_time) => End::Idle,
+        end = handle(&connection, Client::new(Box::new(client)), original, means) => end,
     };
     if !connection.has_ended() {
         connection.ended(if connection.counts.is_over_budget() { End::ByteLimit } else { end });
     }
 }
 
-async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limits: &Limits) -> End {
-    let (read, sink) = tokio::io::split(client);
-    let mut client = Client { source: Source::new(read), sink };
-    let head = match timeout(limits.head_time, client.source.head()).await {
+async fn handle(connection: &Connection, client: Client, original: Option<SocketAddr>, means: &Means) -> End {
+    match original {
+        Some(original) => carried::serve(connection, client, original, means).await,
+        None => asked(connection, client, means).await,
+    }
+}
+
+/// Serves a client that knows that it speaks to a proxy: one tunnel, or one request with an absolute target, so that
+/// there is nothing after it that could be taken for another.
+async fn asked(connection: &Connection, mut client: Client, means: &Means) -> End {
+    let head = match timeout(means.limits.head_time, client.source.head()).await {
         Err(_) => return client.answer(connection, &Reply::Slow, false).await,
         Ok(Ok(None)) => {
             return client.close(connection, End::Closed).await;
@@ -63,94 +70,57 @@ async fn handle(connection: &Connection, client: Counted, dialer: &Dialer, limit
             return client.answer(connection, &Reply::Invalid { message: error.to_string() }, false).await;
         }
     };
-    connection.asked(&request.target);
+    let target = &request.target;
+    connection.asked(target);
     let head_only = request.forward.as_ref().is_some_and(|forward| forward.method == "HEAD");
-    let upstream = match reach(connection, dialer, &request.target).await {
-        Ok(upstream) => upstream,
+    let permit = match means.dialer.authorise(&connection.state().session.profile, target).await {
+        Ok(permit) => permit,
         Err(reply) => return client.answer(connection, &reply, head_only).await,
     };
-    match request.forward {
-        None => tunnel(connection, client, upstream).await,
-        Some(request_to_pass) if request.target.protocol == Protocol::Https => {
-            match dialer.secure(upstream, &request.target.host).await {
-                Ok(upstream) => forward::exchange(connection, client, upstream, &request_to_pass).await,
-                Err(reply) => client.answer(connection, &reply, head_only).await,
+    let way = Way { connection, means, target, permit: &permit };
+    let Some(forward) = request.forward else {
+        // Before anything is known of what is inside, so that what fails can still be said in HTTP.
+        return match way.dial().await {
+            Ok(upstream) => tunnel::serve(&way, client, upstream).await,
+            Err(reply) => client.answer(connection, &reply, false).await,
+        };
+    };
+    if let Err(reply) = permitted(&way, &forward.method) {
+        return client.answer(connection, &reply, head_only).await;
+    }
+    connection.verified(Some(NameVerified::Host), false);
+    let upstream: Result<Box<dyn Leg>, Reply> = match way.dial().await {
+        Ok(upstream) if target.protocol == Protocol::Https => {
+            means.dialer.secure(upstream, &target.host).await.map(boxed)
+        }
+        Ok(upstream) => Ok(boxed(upstream)),
+        Err(reply) => Err(reply),
+    };
+    match upstream {
+        Ok(upstream) => match forward::exchange(connection, client, Up::new(upstream), &forward).await {
+            Outcome::Over(end) => end,
+            Outcome::Again(client, up) => {
+                up.finish();
+                client.close(connection, End::Closed).await
             }
-        }
-        Some(request_to_pass) => forward::exchange(connection, client, upstream, &request_to_pass).await,
+        },
+        Err(reply) => client.answer(connection, &reply, head_only).await,
     }
 }
 
-async fn reach(connection: &Connection, dialer: &Dialer, target: &Target) -> Result<Counted, Reply> {
-    let addresses = dialer.authorise(&connection.state().session.profile, target).await?;
-    connection.allowed();
-    let stream = dialer.connect(&addresses, |address| connection.dialled(address)).await?;
-    Ok(Counted::upstream(stream, connection.counts.clone()))
+fn boxed(leg: impl Leg + 'static) -> Box<dyn Leg> {
+    Box::new(leg)
 }
 
-/// Joins the two sockets. An end of one direction is passed on as such, and the other goes on. What is inside is not
-/// looked at: this is where the name in a ClientHello is to be compared with the name that was asked for.
-async fn tunnel(connection: &Connection, mut client: Client, upstream: Counted) -> End {
-    let (read, mut up_sink) = tokio::io::split(upstream);
-    let mut up_source = Source::new(read);
-    if client.sink.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await.is_err() {
-        return End::ClientFailed;
-    }
-    let out = pump(&mut client.source, &mut up_sink, End::ClientFailed, End::UpstreamFailed);
-    let back = pump(&mut up_source, &mut client.sink, End::UpstreamFailed, End::ClientFailed);
-    match tokio::try_join!(out, back) {
-        Ok(_) => {
-            up_source.into_stream().unsplit(up_sink).finish();
-            client.close(connection, End::Closed).await
+/// Whether the entry that permits the name permits such a request too.
+fn permitted(way: &Way<'_>, method: &str) -> Result<(), Reply> {
+    match (way.permit.protocol, way.target.protocol) {
+        (EntryProtocol::Tls { .. }, Protocol::Http) => {
+            Err(Reply::denied("protocol_not_allowed", "the profile of this action permits this name over TLS only"))
         }
-        Err(end) => end,
-    }
-}
-
-async fn pump<S, W>(source: &mut Source<S>, sink: &mut W, reading: End, writing: End) -> Result<(), End>
-where
-    S: tokio::io::AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    loop {
-        let data = source.some().await.map_err(|_| reading)?;
-        let length = data.len();
-        if length == 0 {
-            return sink.shutdown().await.map_err(|_| writing);
+        (EntryProtocol::Http, Protocol::Https) => {
+            Err(Reply::denied("protocol_not_allowed", "the profile of this action permits this name over HTTP only"))
         }
-        sink.write_all(data).await.map_err(|_| writing)?;
-        source.consume(length);
-    }
-}
-
-impl Client {
-    /// Gives the client an answer of the proxy's own, and notes it.
-    pub async fn answer(mut self, connection: &Connection, reply: &Reply, head_only: bool) -> End {
-        match reply {
-            Reply::Denied { reason, detail: None, .. } => connection.refused(reason),
-            Reply::Denied { reason, detail: Some(detail), .. } => connection.refused(&format!("{reason}:{detail}")),
-            Reply::Invalid { .. } => connection.refused("malformed"),
-            Reply::Slow => connection.refused("no_request"),
-            Reply::Failed { reason, .. } => {
-                connection.allowed();
-                connection.failed(reason);
-            }
-        }
-        let bytes = reply.to_bytes(&connection.decision_id(), head_only);
-        if self.sink.write_all(&bytes).await.is_err() {
-            return End::ClientFailed;
-        }
-        self.close(connection, End::Answered).await
-    }
-
-    /// Closes in order: what was written arrives. `end` stands from here on, even if the execution ends first.
-    pub async fn close(self, connection: &Connection, end: End) -> End {
-        connection.ended(end);
-        let mut stream = self.source.into_stream().unsplit(self.sink);
-        let _ = stream.shutdown().await;
-        stream.finish();
-        let mut rest = stream.take(LINGER_BYTES);
-        let _ = timeout(LINGER_TIME, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
-        end
+        _ => way.permit.allows_method(method),
     }
 }

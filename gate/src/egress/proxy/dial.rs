@@ -18,12 +18,33 @@ use super::ProxyError;
 use super::count::Counted;
 use super::reply::Reply;
 use super::request::Target;
-use crate::egress::address::{AllowAddresses, Host};
-use crate::egress::profile::Profile;
+use crate::egress::address::{AllowAddresses, Host, Refused, class_of};
+use crate::egress::profile::{Denied, DenyReason, EntryProtocol, Profile};
 use crate::egress::resolver::Resolver;
 
 /// Addresses of one name that are tried, in the order of the answer.
 const MAX_TRIES: usize = 4;
+
+/// Where a target may be dialled, and what may be said there.
+#[derive(Clone, Debug)]
+pub struct Permit {
+    pub addresses: Vec<SocketAddr>,
+    pub protocol: EntryProtocol,
+    /// Empty: all.
+    pub methods: Vec<String>,
+}
+
+impl Permit {
+    /// # Errors
+    /// The answer that the client gets.
+    pub fn allows_method(&self, method: &str) -> Result<(), Reply> {
+        if self.methods.is_empty() || self.methods.iter().any(|allowed| allowed == method) {
+            return Ok(());
+        }
+        let message = format!("the profile of this action does not permit {method} for this name");
+        Err(Reply::denied(DenyReason::MethodNotAllowed.as_str(), message))
+    }
+}
 
 /// What connects for the proxy; nothing else of the gate connects for a sandbox.
 pub struct Dialer {
@@ -48,29 +69,52 @@ impl Dialer {
     ///
     /// # Errors
     /// The answer that the client gets.
-    pub async fn authorise(&self, profile: &Profile, target: &Target) -> Result<Vec<SocketAddr>, Reply> {
+    pub async fn authorise(&self, profile: &Profile, target: &Target) -> Result<Permit, Reply> {
         let Target { host, port, .. } = target;
-        if let Err(denied) = profile.permits(&host.to_authority(), *port) {
-            return Err(Reply::denied(
+        let denied = |denied: Denied| {
+            Reply::denied(
                 denied.reason.to_string(),
                 format!("the profile of this action does not permit {}:{port}", host.to_authority()),
-            ));
-        }
-        let addresses = match host {
-            Host::Address(address) => vec![*address],
-            Host::Name(name) => {
-                self.resolver.resolve(name).await.map_err(|error| Reply::failed(error.code(), error.to_string()))?
-            }
+            )
         };
-        for &address in &addresses {
-            self.allow.check(address).map_err(|refused| Reply::Denied {
-                reason: "address_not_public".to_owned(),
-                detail: Some(refused.class),
-                message: format!("{} has an address that is not public ({})", host.to_authority(), refused.class),
-            })?;
+        let not_public = |refused: Refused| Reply::Denied {
+            reason: "address_not_public".to_owned(),
+            detail: Some(refused.class),
+            message: format!("{} has an address that is not public ({})", host.to_authority(), refused.class),
+        };
+        match host {
+            Host::Address(address) => {
+                let entry = profile.permits_address(*address, *port).map_err(denied)?;
+                let (network, prefix) = entry.network();
+                self.allow
+                    .check(*address)
+                    .or_else(
+                        |refused| {
+                            if class_of(network, prefix) == Some(refused.class) { Ok(()) } else { Err(refused) }
+                        },
+                    )
+                    .map_err(not_public)?;
+                let addresses = vec![SocketAddr::new(address.to_canonical(), *port)];
+                Ok(Permit { addresses, protocol: entry.protocol(), methods: Vec::new() })
+            }
+            Host::Name(name) => {
+                let entry = profile.permits(name, *port).map_err(denied)?;
+                let found = self.resolver.resolve(name).await;
+                let addresses = found.map_err(|error| Reply::failed(error.code(), error.to_string()))?;
+                for &address in &addresses {
+                    self.allow.check(address).map_err(not_public)?;
+                }
+                Ok(Permit {
+                    // A mapped address is dialled as what it was checked as.
+                    addresses: addresses
+                        .into_iter()
+                        .map(|address| SocketAddr::new(address.to_canonical(), *port))
+                        .collect(),
+                    protocol: entry.protocol(),
+                    methods: entry.methods().to_vec(),
+                })
+            }
         }
-        // A mapped address is dialled as what it was checked as.
-        Ok(addresses.into_iter().map(|address: IpAddr| SocketAddr::new(address.to_canonical(), *port)).collect())
     }
 
     /// Connects to the first of the checked addresses that answers; `trying` hears of each before it is tried.

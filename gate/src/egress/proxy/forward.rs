@@ -1,11 +1,10 @@
 //! One request to an origin and its answer, streamed both ways through one small buffer each.
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio_rustls::client::TlsStream;
 
-use super::connection::Client;
-use super::count::Counted;
+use super::client::Client;
 use super::head::{Fields, Framing, Malformed, ResponseHead, Version};
+use super::leg::Up;
 use super::reply::Reply;
 use super::request::{Forward, VIA};
 use super::session::Connection;
@@ -15,22 +14,12 @@ use crate::egress::flow::End;
 /// Interim answers (RFC 9110 §15.2) that are passed over before the final one.
 const MAX_INTERIM: u32 = 8;
 
-/// The origin's side, in the clear or under TLS.
-pub trait Upstream: AsyncRead + AsyncWrite + Unpin {
-    /// Lets the socket close in order when it is dropped.
-    fn finish(&self);
-}
-
-impl Upstream for Counted {
-    fn finish(&self) {
-        Counted::finish(self);
-    }
-}
-
-impl Upstream for TlsStream<Counted> {
-    fn finish(&self) {
-        self.get_ref().0.finish();
-    }
+/// What is left after an exchange.
+pub enum Outcome {
+    /// Nothing: the client has been told, or cut.
+    Over(End),
+    /// Both sides, ready for another.
+    Again(Client, Up),
 }
 
 enum Failure {
@@ -42,29 +31,29 @@ enum Failure {
     Upstream(String),
 }
 
-/// Sends the request, passes the answer on, and closes.
-pub async fn exchange<U: Upstream>(connection: &Connection, mut client: Client, upstream: U, request: &Forward) -> End {
-    let (read, mut up_sink) = tokio::io::split(upstream);
-    let mut up_source = Source::new(read);
-    if request.expects_continue
-        && request.version == Version::Http11
-        && client.sink.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.is_err()
-    {
-        return End::ClientFailed;
+/// Sends the request and passes the answer on. Both sides are kept where the request and the answer leave them open.
+pub async fn exchange(connection: &Connection, mut client: Client, mut up: Up, request: &Forward) -> Outcome {
+    if request.expects_continue && request.version == Version::Http11 {
+        let go_on = client.sink.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await;
+        if go_on.is_err() || client.sink.flush().await.is_err() {
+            return Outcome::Over(End::ClientFailed);
+        }
     }
     let mut started = false;
-    let mut sent = false;
+    // Over in any way, and with all of the request on its way: only then is the client's next byte another request's.
+    let (mut sent, mut whole) = (false, false);
     let outcome = {
-        let send = send(request, &mut client.source, &mut up_sink);
-        let receive = receive(request, &mut up_source, &mut client.sink, &mut started);
+        let send = send(request, &mut client.source, &mut up.sink);
+        let receive = receive(request, &mut up.source, &mut client.sink, &mut started);
         tokio::pin!(send, receive);
         loop {
             tokio::select! {
                 result = &mut send, if !sent => {
                     sent = true;
                     match result {
+                        Ok(()) => whole = true,
                         // An origin that stops reading may still say why.
-                        Ok(()) | Err(Failure::Upstream(_)) => {}
+                        Err(Failure::Upstream(_)) => {}
                         Err(failure) => break Err(failure),
                     }
                 }
@@ -72,10 +61,11 @@ pub async fn exchange<U: Upstream>(connection: &Connection, mut client: Client, 
             }
         }
     };
-    match outcome {
-        Ok(()) => {
+    let end = match outcome {
+        Ok(true) if whole => return Outcome::Again(client, up),
+        Ok(_) => {
             if sent {
-                up_source.into_stream().unsplit(up_sink).finish();
+                up.finish();
             }
             client.close(connection, End::Closed).await
         }
@@ -93,7 +83,8 @@ pub async fn exchange<U: Upstream>(connection: &Connection, mut client: Client, 
         Err(Failure::Upstream(message)) => {
             client.answer(connection, &Reply::failed("bad_response", message), request.method == "HEAD").await
         }
-    }
+    };
+    Outcome::Over(end)
 }
 
 async fn send<R, W>(request: &Forward, source: &mut Source<R>, sink: &mut W) -> Result<(), Failure>
@@ -132,7 +123,7 @@ async fn receive<R, W>(
     source: &mut Source<R>,
     sink: &mut W,
     started: &mut bool,
-) -> Result<(), Failure>
+) -> Result<bool, Failure>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -142,8 +133,9 @@ where
     let unbounded = matches!(framing, Framing::Chunked | Framing::UntilClose);
     // A 1.0 client is given no coding; for it the body ends with the connection.
     let chunked = unbounded && request.version == Version::Http11;
+    let again = request.keeps_alive && framing != Framing::UntilClose && response.keeps_alive();
     *started = true;
-    sink.write_all(&client_head(&response, request, framing, chunked)).await.map_err(|_| Failure::Client)?;
+    sink.write_all(&client_head(&response, request, framing, chunked, again)).await.map_err(|_| Failure::Client)?;
     let mut body = Body::new(framing);
     let (mut data, mut out) = (Vec::new(), Vec::new());
     loop {
@@ -160,7 +152,8 @@ where
     if chunked {
         sink.write_all(b"0\r\n\r\n").await.map_err(|_| Failure::Client)?;
     }
-    sink.flush().await.map_err(|_| Failure::Client)
+    sink.flush().await.map_err(|_| Failure::Client)?;
+    Ok(again)
 }
 
 fn bad(error: Malformed) -> Failure {
@@ -186,7 +179,7 @@ async fn final_head<R: AsyncRead + Unpin>(source: &mut Source<R>) -> Result<Resp
     Err(Failure::Upstream("too many interim answers".to_owned()))
 }
 
-fn client_head(response: &ResponseHead, request: &Forward, framing: Framing, chunked: bool) -> Vec<u8> {
+fn client_head(response: &ResponseHead, request: &Forward, framing: Framing, chunked: bool, again: bool) -> Vec<u8> {
     let mut fields: Fields = response.fields.clone();
     fields.remove_hop_by_hop();
     // The length that a HEAD or 304 answer announces is of a body that is not sent.
@@ -199,7 +192,9 @@ fn client_head(response: &ResponseHead, request: &Forward, framing: Framing, chu
         _ => {}
     }
     fields.push("Via", VIA);
-    fields.push("Connection", "close");
+    if !again {
+        fields.push("Connection", "close");
+    }
     let mut out = format!("HTTP/1.1 {} ", response.status).into_bytes();
     out.extend_from_slice(&response.reason);
     out.extend_from_slice(b"\r\n");

@@ -99,6 +99,11 @@ impl RequestHead {
         Ok(Self { method: method.to_owned(), target: target.to_owned(), version, fields })
     }
 
+    /// Whether the client means to use the connection again (RFC 9112 §9.3).
+    pub fn keeps_alive(&self) -> bool {
+        self.version == Version::Http11 && !self.fields.close()
+    }
+
     /// # Errors
     /// [`Malformed`] for every combination of lengths and codings but none, one length, or `chunked` alone.
     pub fn framing(&self) -> Result<Framing, Malformed> {
@@ -134,6 +139,11 @@ impl ResponseHead {
         Ok(Self { version: parse_version(version)?, status, reason: reason.to_vec(), fields })
     }
 
+    /// Whether the connection may be used again after this answer (RFC 9112 §9.3).
+    pub fn keeps_alive(&self) -> bool {
+        self.version == Version::Http11 && !self.fields.close()
+    }
+
     /// # Errors
     /// [`Malformed`] as for a request.
     pub fn framing(&self, method: &str) -> Result<Framing, Malformed> {
@@ -153,6 +163,11 @@ impl Fields {
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_slice()))
+    }
+
+    fn close(&self) -> bool {
+        let close = |option: &[u8]| option.trim_ascii().eq_ignore_ascii_case(b"close");
+        self.all("connection").any(|value| value.split(|&c| c == b',').any(close))
     }
 
     /// Adds a field of ours.

@@ -25,11 +25,13 @@ pub struct Request {
 pub struct Forward {
     pub method: String,
     pub version: Version,
-    /// Path and query, as the URL parser has them.
+    /// Path and query: as the URL parser has them, or byte for byte what a client wrote that names no host there.
     pub path: String,
     pub framing: Framing,
     /// Whether the client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
+    /// Whether another request may come after this one.
+    pub keeps_alive: bool,
     /// Path, Host and fields of the head that goes out; no hop-by-hop field, no framing.
     head: RequestHead,
 }
@@ -103,11 +105,7 @@ impl Request {
             return Err(Malformed("TRACE is not served").into());
         }
         let framing = head.framing()?;
-        let expects_continue = match head.fields.all("expect").collect::<Vec<_>>().as_slice() {
-            [] => false,
-            [value] if value.eq_ignore_ascii_case(b"100-continue") => framing != Framing::None,
-            _ => return Err(Malformed("an expectation other than 100-continue").into()),
-        };
+        let expects_continue = expects_continue(&head, framing)?;
 
         let path = match url.query() {
             Some(query) => format!("{}?{query}", url.path()),
@@ -117,14 +115,7 @@ impl Request {
             (host, true) => host,
             (host, false) => format!("{host}:{port}"),
         };
-        let mut fields = super::head::Fields::default();
-        fields.push("Host", authority);
-        head.fields.remove_hop_by_hop();
-        head.fields.remove(&["host", "content-length", "expect"]);
-        for (name, value) in head.fields.iter() {
-            fields.push(name, value);
-        }
-        head.fields = fields;
+        clean(&mut head, authority);
         Ok(Self {
             target: Target { host, port, protocol },
             forward: Some(Forward {
@@ -133,13 +124,83 @@ impl Request {
                 path,
                 framing,
                 expects_continue,
+                keeps_alive: false,
                 head,
             }),
         })
     }
 }
 
+/// Why a request inside a connection is not passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// It is not one, or could be read in two ways.
+    Invalid(RequestError),
+    /// It is for another host than the connection.
+    OtherHost,
+}
+
+impl<E: Into<RequestError>> From<E> for Refused {
+    fn from(error: E) -> Self {
+        Self::Invalid(error.into())
+    }
+}
+
 impl Forward {
+    /// Parses a request of a connection to `host`: its target is a path, or names that host again.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn inside(head: &[u8], host: &Host, port: u16, scheme: Protocol) -> Result<Self, Refused> {
+        let mut head = RequestHead::parse(head)?;
+        if matches!(head.method.as_str(), "CONNECT" | "TRACE") {
+            return Err(Malformed("CONNECT and TRACE are not served here").into());
+        }
+        let (standard, prefix) = if scheme == Protocol::Https { (443, "https://") } else { (80, "http://") };
+        // Without a port it is the one that was connected to: no origin tells its hosts apart by a port it was not told.
+        let same = |(other, other_port): (Host, Option<u16>)| {
+            if other == *host && other_port.is_none_or(|other| other == port) {
+                Ok(other_port)
+            } else {
+                Err(Refused::OtherHost)
+            }
+        };
+        let named = match only_host(&head)? {
+            Some(value) => same(split_host(value)?)?,
+            None if head.version == Version::Http11 => return Err(Malformed("no Host field").into()),
+            None => (port != standard).then_some(port),
+        };
+        if head.target.contains(['#', '\\']) {
+            return Err(Malformed("the request target has a character that it may not have").into());
+        }
+        let path = if head.target.starts_with('/') || (head.target == "*" && head.method == "OPTIONS") {
+            head.target.clone()
+        } else {
+            let rest = head
+                .target
+                .split_at_checked(prefix.len())
+                .filter(|(start, _)| start.eq_ignore_ascii_case(prefix))
+                .ok_or(Malformed("the request target is neither a path nor an URL of this connection"))?
+                .1;
+            let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+            same(split_host(authority)?)?;
+            if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
+        };
+        let framing = head.framing()?;
+        let expects_continue = expects_continue(&head, framing)?;
+        let keeps_alive = head.keeps_alive();
+        clean(&mut head, named.map_or_else(|| host.to_authority(), |port| format!("{}:{port}", host.to_authority())));
+        Ok(Self {
+            method: head.method.clone(),
+            version: head.version,
+            path,
+            framing,
+            expects_continue,
+            keeps_alive,
+            head,
+        })
+    }
+
     /// The head that goes to the origin.
     pub fn to_head(&self) -> Vec<u8> {
         let mut fields = self.head.fields.clone();
@@ -149,7 +210,9 @@ impl Forward {
             Framing::None | Framing::UntilClose => {}
         }
         fields.push("Via", VIA);
-        fields.push("Connection", "close");
+        if !self.keeps_alive {
+            fields.push("Connection", "close");
+        }
         let mut out = format!("{} {} HTTP/1.1\r\n", self.method, self.path).into_bytes();
         fields.write(&mut out);
         out
@@ -158,6 +221,26 @@ impl Forward {
 
 /// RFC 9110 §7.6.3 wants every proxy named in what it forwards.
 pub const VIA: &str = "1.1 latchgate";
+
+fn expects_continue(head: &RequestHead, framing: Framing) -> Result<bool, Malformed> {
+    match head.fields.all("expect").collect::<Vec<_>>().as_slice() {
+        [] => Ok(false),
+        [value] if value.eq_ignore_ascii_case(b"100-continue") => Ok(framing != Framing::None),
+        _ => Err(Malformed("an expectation other than 100-continue")),
+    }
+}
+
+/// Leaves the fields that go on, with this Host first.
+fn clean(head: &mut RequestHead, authority: String) {
+    let mut fields = super::head::Fields::default();
+    fields.push("Host", authority);
+    head.fields.remove_hop_by_hop();
+    head.fields.remove(&["host", "content-length", "expect"]);
+    for (name, value) in head.fields.iter() {
+        fields.push(name, value);
+    }
+    head.fields = fields;
+}
 
 fn only_host(head: &RequestHead) -> Result<Option<&str>, RequestError> {
     let mut hosts = head.fields.all("host");

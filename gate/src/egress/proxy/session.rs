@@ -1,7 +1,8 @@
 //! Executions that the proxy serves at present, their connections and their records.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,21 +10,42 @@ use tokio::sync::{Notify, broadcast, watch};
 
 use super::Limits;
 use super::count::{Budget, Counts};
+use super::leg::Duplex;
 use super::request::Target;
 use crate::egress::LeafId;
-use crate::egress::flow::{DecidedBy, End, FlowRecord, Verdict};
+use crate::egress::flow::{DecidedBy, End, FlowRecord, NameVerified, Protocol, Verdict};
 use crate::egress::profile::Profile;
 use crate::ids;
 use crate::time::Timestamp;
 
+/// What the stand-in addresses of one execution stand for.
+pub trait Names: Send + Sync {
+    /// The name that the execution was given this address for.
+    fn name_of(&self, address: Ipv4Addr) -> Option<String>;
+}
+
+/// The resolver of one execution, for queries that come in a stream.
+pub trait DnsOverTcp: Send + Sync {
+    /// Answers until the client has no more to ask.
+    fn serve<'a>(
+        &'a self,
+        stream: &'a mut dyn Duplex,
+        client: SocketAddr,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+}
+
 /// Whose connections these are, and what they may reach.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Session {
     pub execution_id: String,
     pub action_id: String,
     pub principal: String,
     pub workspace: String,
     pub profile: Arc<Profile>,
+    /// Without it no connection to a stand-in address is served.
+    pub names: Option<Arc<dyn Names>>,
+    /// Without it no stream to port 53 is served.
+    pub dns: Option<Arc<dyn DnsOverTcp>>,
 }
 
 /// One execution that is served.
@@ -201,6 +223,10 @@ pub fn blank(client: SocketAddr) -> FlowRecord {
         address: None,
         port: None,
         protocol: None,
+        sni: None,
+        name_verified: None,
+        carried: false,
+        opaque: false,
         verdict: Verdict::Deny,
         decided_by: DecidedBy::Proxy,
         rule: String::new(),
@@ -248,6 +274,35 @@ impl Connection {
         record.name = Some(target.host.to_string());
         record.port = Some(target.port);
         record.protocol = Some(target.protocol);
+    }
+
+    /// Notes that the kernel brought it, and where it was to go.
+    pub fn carried(&self, original: SocketAddr) {
+        let mut record = lock(&self.record);
+        record.carried = true;
+        record.name = Some(original.ip().to_canonical().to_string());
+        record.port = Some(original.port());
+        record.protocol = Some(Protocol::Tcp);
+    }
+
+    pub fn client(&self) -> Option<SocketAddr> {
+        lock(&self.record).client
+    }
+
+    /// Notes what it turned out to speak.
+    pub fn spoken(&self, protocol: Protocol) {
+        lock(&self.record).protocol = Some(protocol);
+    }
+
+    pub fn named(&self, sni: Option<&str>) {
+        lock(&self.record).sni = sni.map(str::to_owned);
+    }
+
+    /// Notes what was let through, and by what its name was held to.
+    pub fn verified(&self, by: Option<NameVerified>, opaque: bool) {
+        let mut record = lock(&self.record);
+        record.name_verified = by;
+        record.opaque = opaque;
     }
 
     pub fn allowed(&self) {

@@ -81,7 +81,16 @@ impl<S: AsyncRead + Unpin> Source<S> {
         }
     }
 
-    fn pending(&self) -> &[u8] {
+    /// Reads more behind what is there; 0 at the end of the stream. Whoever calls it bounds how much is kept.
+    ///
+    /// # Errors
+    /// Of the stream.
+    pub async fn more(&mut self) -> io::Result<usize> {
+        self.fill().await
+    }
+
+    /// What was read and not used.
+    pub fn pending(&self) -> &[u8] {
         self.buffer.get(self.start..self.end).unwrap_or_default()
     }
 
@@ -91,7 +100,7 @@ impl<S: AsyncRead + Unpin> Source<S> {
                 self.buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             } else {
-                // Only a head is ever kept while more is read, and `head` stops at its limit.
+                // Only a head, or a hello, is ever kept while more is read, and their readers stop at their limits.
                 self.buffer.resize(self.buffer.len() * 2, 0);
             }
         }

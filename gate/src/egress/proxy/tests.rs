@@ -17,14 +17,18 @@ use tokio_rustls::TlsAcceptor;
 
 use super::*;
 use crate::egress::Caller;
-use crate::egress::flow::{Protocol, Verdict};
-use crate::egress::profile::{Entry, Pattern, Profile};
+use crate::egress::flow::{NameVerified, Protocol, Verdict};
+use crate::egress::profile::{Entry, EntryProtocol, NetworkEntry, Pattern, Profile};
 
 mod addresses;
+mod carried;
 mod connect;
 mod forward;
 mod https;
+mod inside;
 mod limits;
+mod terminate;
+mod tls;
 mod whose;
 mod worker;
 
@@ -34,13 +38,46 @@ const LEAF: LeafId = LeafId(7);
 struct Who {
     everyone: Option<LeafId>,
     by_port: Mutex<HashMap<u16, Option<LeafId>>>,
+    /// Where connections were to go, by the port that the caller bound.
+    originals: Mutex<HashMap<u16, SocketAddr>>,
+}
+
+impl Who {
+    fn nobody() -> Self {
+        Self { everyone: None, by_port: Mutex::default(), originals: Mutex::default() }
+    }
 }
 
 impl Attribution for Who {
     fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
-        let peer = SocketAddr::try_from(rustix::net::getpeername(accepted).unwrap().unwrap()).unwrap();
-        let leaf = self.by_port.lock().unwrap().get(&peer.port()).copied().unwrap_or(self.everyone);
-        leaf.map(|leaf| Caller { leaf, original: None })
+        let port = SocketAddr::try_from(rustix::net::getpeername(accepted).unwrap().unwrap()).unwrap().port();
+        let leaf = self.by_port.lock().unwrap().get(&port).copied().unwrap_or(self.everyone)?;
+        Some(Caller { leaf, original: self.originals.lock().unwrap().get(&port).copied() })
+    }
+}
+
+/// What stand-ins stand for.
+struct Table(HashMap<Ipv4Addr, &'static str>);
+
+impl Names for Table {
+    fn name_of(&self, address: Ipv4Addr) -> Option<String> {
+        self.0.get(&address).map(|name| (*name).to_owned())
+    }
+}
+
+/// Answers every query with itself.
+struct EchoDns;
+
+impl DnsOverTcp for EchoDns {
+    fn serve<'a>(
+        &'a self,
+        stream: &'a mut dyn Duplex,
+        _: SocketAddr,
+    ) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(async move {
+            let (mut read, mut write) = tokio::io::split(stream);
+            let _ = tokio::io::copy(&mut read, &mut write).await;
+        })
     }
 }
 
@@ -48,7 +85,7 @@ struct Bench {
     proxy: Proxy,
     who: Arc<Who>,
     ca: CertifiedIssuer<'static, KeyPair>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Bench {
@@ -67,9 +104,13 @@ impl Bench {
             ..ProxyConfig::default()
         };
         change(&mut config);
-        let who = Arc::new(Who { everyone: Some(LEAF), by_port: Mutex::default() });
+        let who = Arc::new(Who { everyone: Some(LEAF), ..Who::nobody() });
         let proxy = Proxy::start(config, who.clone()).await.unwrap();
-        Self { proxy, who, ca, _dir: dir }
+        Self { proxy, who, ca, dir }
+    }
+
+    fn ca_file(&self) -> String {
+        self.dir.path().join("ca.pem").to_str().unwrap().to_owned()
     }
 
     async fn plain() -> Self {
@@ -81,15 +122,25 @@ impl Bench {
     }
 
     fn open_leaf(&self, leaf: LeafId, names: &[(&str, u16)]) -> OpenSession {
-        let entries = names.iter().map(|(name, port)| Entry::new(Pattern::parse(name).unwrap(), [*port]));
-        let session = Session {
-            execution_id: format!("execution-{}", leaf.0),
-            action_id: "fetch".to_owned(),
-            principal: "agent".to_owned(),
-            workspace: "default".to_owned(),
-            profile: Arc::new(Profile::allowlist(entries)),
-        };
-        self.proxy.open(leaf, session)
+        self.proxy.open(leaf, session(leaf, entries(names, EntryProtocol::Auto)))
+    }
+
+    /// The same names, for protocols that are not looked into.
+    fn open_bytes(&self, names: &[(&str, u16)]) -> OpenSession {
+        self.open_speaking(names, EntryProtocol::Tcp)
+    }
+
+    fn open_speaking(&self, names: &[(&str, u16)], protocol: EntryProtocol) -> OpenSession {
+        self.proxy.open(LEAF, session(LEAF, entries(names, protocol)))
+    }
+
+    /// A connection that the kernel brought here on its way to another address.
+    async fn dial_carried(&self, original: &str) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let port = socket.local_addr().unwrap().port();
+        self.who.originals.lock().unwrap().insert(port, original.parse().unwrap());
+        socket.connect(self.proxy.addresses().v4.into()).await.unwrap()
     }
 
     async fn dial(&self) -> TcpStream {
@@ -123,6 +174,24 @@ impl Bench {
             stream.read_to_end(&mut answer.body).await.unwrap();
         }
         (stream, answer)
+    }
+}
+
+fn entries(names: &[(&str, u16)], protocol: EntryProtocol) -> Profile {
+    let entry = |(name, port): &(&str, u16)| Entry::new(Pattern::parse(name).unwrap(), [*port]).speaking(protocol, []);
+    Profile::allowlist(names.iter().map(entry))
+}
+
+fn session(leaf: LeafId, profile: Profile) -> Session {
+    let table = [("198.18.0.1", "origin.test"), ("198.18.0.2", "other.test"), ("198.18.0.3", "sub.origin.test")];
+    Session {
+        execution_id: format!("execution-{}", leaf.0),
+        action_id: "fetch".to_owned(),
+        principal: "agent".to_owned(),
+        workspace: "default".to_owned(),
+        profile: Arc::new(profile),
+        names: Some(Arc::new(Table(table.map(|(address, name)| (address.parse().unwrap(), name)).into()))),
+        dns: Some(Arc::new(EchoDns)),
     }
 }
 
@@ -313,7 +382,7 @@ const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
 
 #[tokio::test]
 async fn what_cannot_be_used_does_not_start() {
-    let nobody = || Arc::new(Who { everyone: None, by_port: Mutex::default() });
+    let nobody = || Arc::new(Who::nobody());
     let dir = tempfile::tempdir().unwrap();
     let empty = dir.path().join("empty.pem");
     std::fs::write(&empty, "no certificate").unwrap();

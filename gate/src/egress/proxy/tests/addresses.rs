@@ -43,7 +43,7 @@ async fn a_name_with_an_address_that_is_not_public_is_refused_whatever_else_it_h
     }
     let addresses = dialer.authorise(&profile, &target(public.0)).await.unwrap();
     let expected = ["8.8.8.8:443", "[2606:4700::1111]:443", "8.8.4.4:443", "127.0.0.1:443"];
-    assert_eq!(addresses, expected.map(|address| address.parse().unwrap()));
+    assert_eq!(addresses.addresses, expected.map(|address| address.parse().unwrap()));
     for literal in
         ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]", "10.0.0.1", "0xa9fea9fe", "[fd00:ec2::254]"]
     {
@@ -96,7 +96,7 @@ async fn the_address_that_was_checked_is_the_one_that_is_dialled() {
     })
     .await;
     let bench = Bench::new(|config| config.dns_servers = Some(vec![dns.address])).await;
-    let session = bench.open(&[("rebind.test", origin.port)]);
+    let session = bench.open_bytes(&[("rebind.test", origin.port)]);
     let authority = format!("rebind.test:{}", origin.port);
     let (mut stream, answer) = bench.connect(&authority).await;
     assert_eq!(answer.status, 200);

@@ -4,7 +4,7 @@ use super::*;
 async fn an_allowed_name_is_reached_and_what_passed_is_counted() {
     let bench = Bench::plain().await;
     let origin = Origin::echoing().await;
-    let session = bench.open(&[("origin.test", origin.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port)]);
     let authority = format!("origin.test:{}", origin.port);
     let (mut stream, answer) = bench.connect(&authority).await;
     assert_eq!(answer.status, 200);
@@ -21,7 +21,7 @@ async fn an_allowed_name_is_reached_and_what_passed_is_counted() {
     assert_eq!((flow.action_id.as_deref(), flow.principal.as_deref()), (Some("fetch"), Some("agent")));
     assert_eq!((flow.name.as_deref(), flow.port), (Some("origin.test"), Some(origin.port)));
     assert_eq!(flow.address, Some("127.0.0.1".parse().unwrap()));
-    assert_eq!((flow.protocol, flow.verdict, flow.end), (Some(Protocol::Connect), Verdict::Allow, End::Closed));
+    assert_eq!((flow.protocol, flow.verdict, flow.end), (Some(Protocol::Tcp), Verdict::Allow, End::Closed));
     assert_eq!((flow.rule.as_str(), flow.error.as_deref()), ("profile", None));
     assert_eq!(flow.client, Some(stream.local_addr().unwrap()));
     let request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n");
@@ -29,10 +29,7 @@ async fn an_allowed_name_is_reached_and_what_passed_is_counted() {
     assert_eq!(flow.bytes_to_sandbox, answer.head.len() as u64 + 5);
     assert_eq!((flow.bytes_to_upstream, flow.bytes_from_upstream), (5, 5));
     let json = serde_json::to_value(flow).unwrap();
-    assert_eq!(
-        (&json["verdict"], &json["protocol"], &json["end"]),
-        (&"allow".into(), &"connect".into(), &"closed".into())
-    );
+    assert_eq!((&json["verdict"], &json["protocol"], &json["end"]), (&"allow".into(), &"tcp".into(), &"closed".into()));
 }
 
 #[tokio::test]
@@ -128,7 +125,7 @@ async fn what_is_not_a_connect_line_is_a_400_and_not_an_outage() {
 async fn data_sent_with_the_connect_line_goes_into_the_tunnel() {
     let bench = Bench::plain().await;
     let origin = Origin::echoing().await;
-    let session = bench.open(&[("origin.test", origin.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port)]);
     let mut stream = bench.dial().await;
     let early = "x".repeat(40_000);
     stream.write_all(format!("CONNECT origin.test:{} HTTP/1.1\r\n\r\n{early}", origin.port).as_bytes()).await.unwrap();
@@ -157,7 +154,7 @@ async fn an_end_of_one_direction_leaves_the_other_open() {
         stream.write_all(format!("got {}", all.len()).as_bytes()).await.unwrap();
     })
     .await;
-    let session = bench.open(&[("origin.test", origin.port), ("origin.test", late.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port), ("origin.test", late.port)]);
 
     let (mut stream, _) = bench.connect(&format!("origin.test:{}", origin.port)).await;
     let mut first = Vec::new();
@@ -198,7 +195,7 @@ async fn counts_equal_what_the_peers_counted_both_ways_at_once() {
         seen.lock().unwrap().push(got.to_string());
     })
     .await;
-    let session = bench.open(&[("origin.test", origin.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port)]);
     let (stream, _) = bench.connect(&format!("origin.test:{}", origin.port)).await;
     let (mut read, mut write) = stream.into_split();
     let send = tokio::spawn(async move {
@@ -225,7 +222,7 @@ async fn a_broken_side_breaks_the_other() {
         stream.set_zero_linger().unwrap();
     })
     .await;
-    let session = bench.open(&[("origin.test", origin.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port)]);
     let (mut stream, _) = bench.connect(&format!("origin.test:{}", origin.port)).await;
     stream.write_all(b"x").await.unwrap();
     // A reset, not an end: the client must not take what it has for all there was.

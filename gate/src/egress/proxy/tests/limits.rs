@@ -3,7 +3,7 @@ use super::*;
 async fn tunnel_with(change: impl FnOnce(&mut Limits)) -> (Bench, OpenSession, TcpStream) {
     let bench = Bench::new(|config| change(&mut config.limits)).await;
     let origin = Origin::echoing().await;
-    let session = bench.open(&[("origin.test", origin.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port)]);
     let (stream, answer) = bench.connect(&format!("origin.test:{}", origin.port)).await;
     assert_eq!(answer.status, 200);
     (bench, session, stream)

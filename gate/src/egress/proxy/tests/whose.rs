@@ -81,7 +81,7 @@ async fn the_end_of_an_execution_cuts_and_notes_what_is_open() {
         drop(stream);
     })
     .await;
-    let session = bench.open(&[("origin.test", origin.port), ("origin.test", quiet.port)]);
+    let session = bench.open_bytes(&[("origin.test", origin.port), ("origin.test", quiet.port)]);
     let (mut tunnel, _) = bench.connect(&format!("origin.test:{}", origin.port)).await;
     tunnel.write_all(b"abc").await.unwrap();
     exactly(&mut tunnel, 3).await;
@@ -96,7 +96,7 @@ async fn the_end_of_an_execution_cuts_and_notes_what_is_open() {
     let records = timeout(Duration::from_secs(2), session.close()).await.unwrap();
     assert_eq!(records.len(), 3);
     assert!(records.iter().all(|flow| flow.end == End::OpenAtClose), "{records:?}");
-    let flow = records.iter().find(|flow| flow.protocol == Some(Protocol::Connect)).unwrap();
+    let flow = records.iter().find(|flow| flow.protocol == Some(Protocol::Tcp)).unwrap();
     assert_eq!((flow.bytes_to_upstream, flow.bytes_from_upstream), (3, 3));
     for stream in [&mut tunnel, &mut waiting, &mut silent] {
         assert!(timeout(Duration::from_secs(2), stream.read_u8()).await.unwrap().is_err());
@@ -129,7 +129,7 @@ async fn what_the_kernel_accepted_before_the_end_is_noted() {
     let clients: Vec<_> = (0..20).map(|n| blocking_dial(if n < 10 { polled } else { local })).collect();
     let mut ports: Vec<_> = clients.iter().map(|stream| stream.local_addr().unwrap().port()).collect();
     drop(clients);
-    sweep(&bench.proxy.shared, &unpolled);
+    sweep(&bench.proxy.shared, &unpolled, None);
     let records = session.close().await;
     let mut noted: Vec<_> = records.iter().map(|flow| flow.client.unwrap().port()).collect();
     ports.sort_unstable();
@@ -153,4 +153,37 @@ async fn both_families_are_served_on_one_port() {
     stream.write_all(format!("CONNECT origin.test:{} HTTP/1.1\r\n\r\n", origin.port).as_bytes()).await.unwrap();
     assert!(read_head(&mut stream).await.starts_with(b"HTTP/1.1 200"));
     assert_eq!(session.close().await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_namespaces_listener_and_the_kernels_record_must_agree() {
+    let bench = Bench::plain().await;
+    let origin = Origin::echoing().await;
+    let listeners: Vec<_> = (0..2).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let own: Vec<SocketAddr> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
+    let session = session(LEAF, entries(&[("origin.test", origin.port)], EntryProtocol::Tcp));
+    let other = bench.open_leaf(LeafId(8), &[("origin.test", origin.port)]);
+    let open = bench.proxy.open_with_listeners(LEAF, session, listeners).unwrap();
+    for address in &own {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("CONNECT origin.test:{} HTTP/1.1\r\n\r\n", origin.port).as_bytes()).await.unwrap();
+        assert!(read_head(&mut stream).await.starts_with(b"HTTP/1.1 200"));
+    }
+    for (leaf, reason) in [(Some(LeafId(8)), "listener_mismatch"), (None, "unattributed")] {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        bench.who.by_port.lock().unwrap().insert(socket.local_addr().unwrap().port(), leaf);
+        let mut stream = socket.connect(own[0]).await.unwrap();
+        stream.write_all(b"CONNECT origin.test:1 HTTP/1.1\r\n\r\n").await.unwrap();
+        assert_eq!(Answer::read(&mut stream).await.denied(), reason);
+    }
+    // What is in the backlog at the end is noted, and then nobody listens any more.
+    let late = blocking_dial(own[1]);
+    let records = open.close().await;
+    assert_eq!(records.len(), 3);
+    assert!(records.iter().any(|flow| flow.client == Some(late.local_addr().unwrap())));
+    while TcpStream::connect(own[0]).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(other.close().await.is_empty());
 }
