@@ -2,6 +2,7 @@
 
 mod actions;
 mod client;
+mod egress;
 mod receipts;
 mod serve;
 mod status;
@@ -39,6 +40,9 @@ enum Command {
     /// The actions that a gate would load.
     #[command(subcommand)]
     Actions(actions::Command),
+    /// Who contacted what, what each action may reach, and why something was refused.
+    #[command(subcommand)]
+    Egress(egress::Command),
     /// What was recorded: list, show, and verify offline.
     #[command(subcommand)]
     Receipts(receipts::Command),
@@ -70,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Up(arguments) => up::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Actions(command) => actions::run(&command),
+        Command::Egress(command) => egress::run(&command),
         Command::Receipts(command) => receipts::run(&command),
     };
     match done {

@@ -3,7 +3,9 @@
 use std::os::fd::BorrowedFd;
 
 pub mod address;
+pub mod explain;
 pub mod flow;
+pub mod flows;
 pub mod kernel;
 pub mod profile;
 pub mod proxy;

@@ -18,6 +18,7 @@ use crate::auth::lease::{Issuer, LeaseKeys};
 use crate::auth::operator::{Operator, Operators};
 use crate::config::Config;
 use crate::egress::address::AllowAddresses;
+use crate::egress::flows::Flows;
 use crate::egress::kernel::{self, Enforcer, KernelConfig};
 use crate::egress::proxy::{self, Proxy, ProxyConfig};
 use crate::egress::refusals::Refusals;
@@ -46,6 +47,7 @@ pub struct Gate {
     pub runner: Runner,
     pub enforcer: Arc<Enforcer>,
     pub refusals: Refusals,
+    pub flows: Flows,
     pub proxy: Proxy,
     pub metrics: Metrics,
     /// Executions at the same time.
@@ -177,7 +179,9 @@ impl Gate {
             .map_err(part("kernel program"))?;
         let enforcer = Arc::new(enforcer);
         let _ = attribution.0.set(Arc::clone(&enforcer));
-        let refusals = Refusals::default();
+        let flows = Flows::default();
+        tokio::spawn(flows.clone().collect(proxy.flows()));
+        let refusals = Refusals::new(flows.clone());
         tokio::spawn(refusals.clone().collect(enforcer.events()));
 
         Ok(Self {
@@ -195,6 +199,7 @@ impl Gate {
             runner,
             enforcer,
             refusals,
+            flows,
             proxy,
             metrics: Metrics::default(),
             draining: AtomicBool::new(false),
@@ -216,6 +221,7 @@ impl Gate {
     /// From now on nothing new is begun.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::SeqCst);
+        self.flows.close();
     }
 
     /// Whether calls can be held to what is decided, asked of the kernel at this moment.

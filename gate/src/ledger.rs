@@ -266,6 +266,14 @@ impl Ledger {
         journal::events(&reader, filter)
     }
 
+    /// Records that hold this text, the newest first; from another connection, so that nobody waits for a long look.
+    ///
+    /// # Errors
+    /// When the ledger cannot be read.
+    pub fn mentions(&self, text: &str) -> Result<Vec<Value>, LedgerError> {
+        archive::mentions(&self.directory, text)
+    }
+
     /// Verifies the whole log as it is now, from another connection; reads all of it, so not on an async thread.
     pub fn verify(&self, anchor: Option<&Anchor>) -> Result<VerifyReport, verify::VerifyError> {
         verify::verify(&self.directory, self.keys.public(), anchor)

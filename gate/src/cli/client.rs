@@ -59,7 +59,8 @@ async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, 
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
     let connection = tokio::spawn(connection);
-    let url = format!("{BASE}{path}");
+    // RFC 9449 §4.2: `htu` is without query and fragment.
+    let url = format!("{BASE}{}", path.split('?').next().unwrap_or(path));
     let (authorization, proof) = key.headers("GET", &url, Timestamp::now());
     let request = Request::get(path)
         .header(header::HOST, "latchgate-operator")

@@ -211,6 +211,12 @@ pub struct OpenSession {
 }
 
 impl OpenSession {
+    /// Gives the execution's first connection this decision id, and with it the proxy's answer and the record of it: where
+    /// an execution makes one connection, the call and the connection are one decision.
+    pub fn decide_first_as(&self, decision_id: &str) {
+        self.state.decide_first_as(decision_id);
+    }
+
     /// Ends the service: every connection is cut, waited for and noted. Call it when nothing runs in the leaf any
     /// more; what the kernel accepted before that is noted too.
     pub async fn close(self) -> Vec<FlowRecord> {

@@ -1,4 +1,5 @@
-//! The kernel's refusals, kept by leaf until the receipt of its execution takes them.
+//! The kernel's refusals: each noted in the journal as it happens, and kept by leaf until the receipt of its execution
+//! takes them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,16 +8,17 @@ use std::time::Duration;
 use tokio::sync::{Notify, broadcast};
 
 use super::LeafId;
+use super::flows::{Flows, KernelRefusal, Noted, Owner};
 use super::kernel::KernelEvent;
 
-/// Refusals that a receipt lists one by one; the kernel's counts stand for the rest.
+/// Refusals of one leaf that are listed one by one; the kernel's counts stand for the rest.
 const KEPT_PER_LEAF: usize = 256;
 /// How long a receipt waits for refusals that the kernel counted and the reader has not handed over yet.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-#[derive(Default)]
 struct OfLeaf {
-    events: Vec<KernelEvent>,
+    owner: Owner,
+    refusals: Vec<Arc<KernelRefusal>>,
     seen: u64,
 }
 
@@ -24,21 +26,27 @@ struct OfLeaf {
 struct Shared {
     leaves: Mutex<HashMap<LeafId, OfLeaf>>,
     arrived: Notify,
+    flows: Flows,
 }
 
-/// Collects events for the leaves that were announced; others are logged and dropped.
+/// Collects events for the leaves that were announced; others stand in the journal as nobody's.
 #[derive(Clone, Default)]
 pub struct Refusals(Arc<Shared>);
 
 /// What one leaf was refused.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Collected {
-    pub events: Vec<KernelEvent>,
+    pub refusals: Vec<Arc<KernelRefusal>>,
     /// Whether as many were seen as the kernel counted.
     pub complete: bool,
 }
 
 impl Refusals {
+    /// Notes what it collects in `flows` too.
+    pub fn new(flows: Flows) -> Self {
+        Self(Arc::new(Shared { flows, ..Shared::default() }))
+    }
+
     /// Collects from `events` until the sender is gone.
     pub async fn collect(self, mut events: broadcast::Receiver<KernelEvent>) {
         loop {
@@ -51,9 +59,9 @@ impl Refusals {
         }
     }
 
-    /// Announces a leaf; to be called before it is admitted.
-    pub fn expect(&self, leaf: LeafId) {
-        self.leaves().insert(leaf, OfLeaf::default());
+    /// Announces a leaf and whose it is; to be called before it is admitted.
+    pub fn expect(&self, leaf: LeafId, owner: Owner) {
+        self.leaves().insert(leaf, OfLeaf { owner, refusals: Vec::new(), seen: 0 });
     }
 
     /// Takes what was collected for a leaf, once all have arrived that the kernel could hand over, or the wait is over.
@@ -70,8 +78,10 @@ impl Refusals {
             }
         };
         let _ = tokio::time::timeout(PATIENCE, all_here).await;
-        let taken = self.leaves().remove(&leaf).unwrap_or_default();
-        Collected { complete: taken.seen >= counted, events: taken.events }
+        match self.leaves().remove(&leaf) {
+            Some(of_leaf) => Collected { complete: of_leaf.seen >= counted, refusals: of_leaf.refusals },
+            None => Collected { complete: counted == 0, refusals: Vec::new() },
+        }
     }
 
     /// Drops what was collected for a leaf.
@@ -80,11 +90,19 @@ impl Refusals {
     }
 
     fn note(&self, event: KernelEvent) {
-        if let Some(of_leaf) = self.leaves().get_mut(&event.leaf) {
-            of_leaf.seen += 1;
-            if of_leaf.events.len() < KEPT_PER_LEAF {
-                of_leaf.events.push(event);
+        let refusal = match self.leaves().get_mut(&event.leaf) {
+            None => Some(Arc::new(KernelRefusal::new(event, None))),
+            Some(of_leaf) => {
+                of_leaf.seen += 1;
+                (of_leaf.refusals.len() < KEPT_PER_LEAF).then(|| {
+                    let refusal = Arc::new(KernelRefusal::new(event, Some(of_leaf.owner.clone())));
+                    of_leaf.refusals.push(Arc::clone(&refusal));
+                    refusal
+                })
             }
+        };
+        if let Some(refusal) = refusal {
+            self.0.flows.note(Noted::Kernel(refusal));
         }
         self.0.arrived.notify_waiters();
     }

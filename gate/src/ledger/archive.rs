@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rusqlite::OptionalExtension as _;
+use serde_json::Value;
 
 use super::receipt::Receipt;
 use super::verify::open_read_only;
@@ -26,6 +27,18 @@ pub fn receipt(path: &Path, receipt_id: &str) -> Result<Option<Receipt>, LedgerE
         .query_row([receipt_id], |row| row.get(0))
         .optional()?;
     body.as_deref().map(read).transpose()
+}
+
+/// Records that hold this text somewhere, the newest first, at most 16; operators' own calls, whose paths hold what they
+/// looked for, are not among them. Reads back from the end, and so all of a ledger when there is none.
+pub fn mentions(path: &Path, text: &str) -> Result<Vec<Value>, LedgerError> {
+    let connection = connect(path)?;
+    let mut statement = connection.prepare(
+        "SELECT body FROM records WHERE instr(body, ?1) > 0 AND event_type IS NOT 'operator_call'
+         ORDER BY sequence DESC LIMIT 16",
+    )?;
+    let bodies = statement.query_map([text], |row| row.get::<_, String>(0))?;
+    bodies.map(|body| serde_json::from_str(&body?).map_err(|error| LedgerError::Broken(error.to_string()))).collect()
 }
 
 /// The newest `limit` receipts, the newest first.

@@ -1,5 +1,7 @@
 //! Whether this caller may make this call: the action's own profile, what is left of the budgets, and policy.
 
+use crate::action::manifest::Prepared;
+use crate::egress::flows::Asked;
 use crate::egress::profile::{Denied, Profile};
 use crate::gate::Gate;
 use crate::pipeline::Request;
@@ -34,7 +36,7 @@ impl Decision {
 #[derive(Debug, thiserror::Error)]
 pub enum AuthoriseError {
     #[error("egress denied: {deny_reason}")]
-    EgressDenied { deny_reason: String },
+    EgressDenied { deny_reason: String, asked: Box<Asked> },
     #[error("budget exhausted: {which}")]
     BudgetExhausted { which: String },
     #[error("budget store: {source}")]
@@ -49,7 +51,10 @@ pub enum AuthoriseError {
 
 pub fn authorise(gate: &Gate, caller: &Caller, request: &Request, call: ValidCall) -> Result<Decision, AuthoriseError> {
     let manifest = call.manifest();
-    let outside = |error: Denied| AuthoriseError::EgressDenied { deny_reason: error.to_string() };
+    let outside = |error: Denied| AuthoriseError::EgressDenied {
+        deny_reason: error.to_string(),
+        asked: Box::new(asked(call.prepared())),
+    };
     // A call that names a host outside the profile is refused before anybody is asked.
     manifest.permits(call.prepared()).map_err(outside)?;
     let remaining =
@@ -94,4 +99,17 @@ pub fn authorise(gate: &Gate, caller: &Caller, request: &Request, call: ValidCal
         profile.permits(&host, port).map_err(outside)?;
     }
     Ok(Decision { call, profile, policy_version: gate.policy.policy_version().to_owned() })
+}
+
+/// What the call would contact, for the record of its refusal.
+fn asked(prepared: &Prepared) -> Asked {
+    let Prepared::Http(http) = prepared else {
+        return Asked::default();
+    };
+    Asked {
+        name: Some(http.host.clone()),
+        port: Some(http.port),
+        protocol: http.url.split_once(':').map(|(scheme, _)| scheme.to_owned()),
+        method: Some(http.method.clone()),
+    }
 }

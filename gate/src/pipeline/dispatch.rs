@@ -6,6 +6,7 @@ mod interpret;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -13,7 +14,8 @@ use serde_json::{Value, json};
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
 use crate::egress::LeafId;
 use crate::egress::flow::{FlowRecord, Verdict};
-use crate::egress::kernel::{KernelCounts, KernelEvent, KernelProfile};
+use crate::egress::flows::{KernelRefusal, Owner};
+use crate::egress::kernel::{KernelCounts, KernelProfile};
 use crate::egress::profile::Profile;
 use crate::egress::proxy::Session;
 use crate::gate::Gate;
@@ -70,7 +72,7 @@ pub struct EgressEvidence {
     pub counts: Option<KernelCounts>,
     pub flows: Vec<FlowRecord>,
     /// What the kernel refused, one by one.
-    pub refusals: Vec<KernelEvent>,
+    pub refusals: Vec<Arc<KernelRefusal>>,
     /// Set when a part of the evidence could not be had.
     pub incomplete: bool,
 }
@@ -172,17 +174,27 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
     let decision = grant.decision();
     let manifest = decision.call().manifest();
     let traces = Traces { gate, leaf: leaf.id() };
-    gate.refusals.expect(leaf.id());
+    let owner = Owner {
+        execution_id: grant.grant_id().to_owned(),
+        action_id: manifest.action_id.clone(),
+        principal: grant.principal().to_owned(),
+        workspace: gate.config.workspace.clone(),
+    };
+    gate.refusals.expect(leaf.id(), owner.clone());
     let session = gate.proxy.open(
         leaf.id(),
         Session {
-            execution_id: grant.grant_id().to_owned(),
-            action_id: manifest.action_id.clone(),
-            principal: grant.principal().to_owned(),
-            workspace: gate.config.workspace.clone(),
-            profile: std::sync::Arc::new(decision.profile().clone()),
+            execution_id: owner.execution_id,
+            action_id: owner.action_id,
+            principal: owner.principal,
+            workspace: owner.workspace,
+            profile: Arc::new(decision.profile().clone()),
         },
     );
+    if let Prepared::Http(_) = decision.call().prepared() {
+        // The worker makes one connection: what the proxy decides about it is decided about the call.
+        session.decide_first_as(&ids.decision_id);
+    }
     let profile = match decision.profile() {
         Profile::None => KernelProfile::None,
         Profile::Allowlist(_) => KernelProfile::ProxyOnly,
@@ -212,7 +224,7 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
     let collected = gate.refusals.take(leaf.id(), counted, lost).await;
     std::mem::forget(traces);
     egress.incomplete |= !collected.complete;
-    egress.refusals = collected.events;
+    egress.refusals = collected.refusals;
     let doomed = leaf.clone();
     let removed = match killed {
         Ok(Ok(())) => tokio::task::spawn_blocking(move || doomed.remove()).await.unwrap_or(Ok(())),

@@ -1,11 +1,15 @@
 //! What goes into the ledger: a receipt for whatever was dispatched, an event for whatever was refused.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use crate::egress::flow::Verdict;
+use crate::egress::flows::{Noted, RefusedCall};
 use crate::gate::Gate;
 use crate::ledger::{Content, EventDraft, ReceiptDraft};
 use crate::pipeline::authenticate::Caller;
+use crate::pipeline::authorise::AuthoriseError;
 use crate::pipeline::dispatch::{DispatchError, EgressEvidence, Outcome};
 use crate::pipeline::{Executed, Ids, Refusal, Refused};
 use crate::time::Timestamp;
@@ -103,18 +107,30 @@ fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Val
         "incomplete": egress.incomplete || lost,
     });
     std::iter::once(summary)
-        .chain(egress.refusals.iter().filter_map(|event| {
-            let mut flow = serde_json::to_value(event).ok()?;
-            flow["verdict"] = json!("deny");
-            flow["decided_by"] = json!("kernel");
-            Some(flow)
-        }))
+        .chain(egress.refusals.iter().map(|refusal| refusal.view()))
         .chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()))
         .collect()
 }
 
 /// Notes that an authenticated caller was refused. The refusal stands whether or not the note is written: nothing ran.
 pub async fn refusal(gate: &Gate, caller: &Caller, action_id: &str, refused: &Refused) {
+    let mut details = json!({
+        "cause": refused.cause.to_string(),
+        "listener": caller.listener().name,
+    });
+    if let Refusal::Authorise(AuthoriseError::EgressDenied { deny_reason, asked }) = refused.cause.as_ref() {
+        let call = RefusedCall {
+            time: Timestamp::now(),
+            action_id: action_id.to_owned(),
+            principal: caller.principal().to_owned(),
+            workspace: gate.config.workspace.clone(),
+            asked: asked.as_ref().clone(),
+            rule: deny_reason.clone(),
+            decision_id: refused.decision_id.clone(),
+        };
+        details["flow"] = call.view();
+        gate.flows.note(Noted::Call(Arc::new(call)));
+    }
     let event = EventDraft {
         event_type: "refused".to_owned(),
         trace_id: refused.trace_id.clone(),
@@ -124,10 +140,7 @@ pub async fn refusal(gate: &Gate, caller: &Caller, action_id: &str, refused: &Re
         session_id: caller.session_id().to_owned(),
         decision: "deny".to_owned(),
         at: Timestamp::now(),
-        details: json!({
-            "cause": refused.cause.to_string(),
-            "listener": caller.listener().name,
-        }),
+        details,
     };
     if let Err(error) = gate.ledger.event(event).await {
         tracing::error!(%error, decision_id = refused.decision_id, "a refusal is not in the ledger");

@@ -136,7 +136,7 @@ fn table(cause: &Refusal) -> Row {
             ValidateError::Internal { .. } => row(500, "internal_error", Error),
         },
         Refusal::Authorise(error) => match error {
-            AuthoriseError::EgressDenied { deny_reason } => {
+            AuthoriseError::EgressDenied { deny_reason, .. } => {
                 row(403, "egress_denied", Warn).with("deny_reason", deny_reason.as_str())
             }
             AuthoriseError::BudgetExhausted { which } => {

@@ -1,5 +1,7 @@
 //! What an operator's socket answers (API.md §5): its own directory, its own keys, none of the agents' routes.
 
+mod egress;
+
 use std::sync::Arc;
 
 use hyper::body::Incoming;
@@ -17,25 +19,28 @@ use crate::time::Timestamp;
 const BASES: [&str; 2] = ["http://localhost", "http://latchgate-operator"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Route {
+enum Route<'a> {
     Status,
     ReceiptKeys,
     AuditVerify,
     Profiles,
+    Flows,
+    Explain(&'a str),
     Metrics,
     Drain,
 }
 
-impl Route {
-    fn of(path: &str) -> Option<Self> {
+impl<'a> Route<'a> {
+    fn of(path: &'a str) -> Option<Self> {
         Some(match path {
             "/v1/admin/status" => Self::Status,
             "/v1/receipt-keys" => Self::ReceiptKeys,
             "/v1/audit/verify" => Self::AuditVerify,
             "/v1/egress/profiles" => Self::Profiles,
+            "/v1/egress/flows" => Self::Flows,
             "/metrics" => Self::Metrics,
             "/v1/admin/drain" => Self::Drain,
-            _ => return None,
+            other => Self::Explain(other.strip_prefix("/v1/egress/explain/").filter(|id| egress::is_id(id))?),
         })
     }
 
@@ -55,7 +60,7 @@ pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
     let name = operator.as_ref().map(|operator| operator.name().to_owned()).ok();
     let answered = match operator {
         Err(cause) => Err(cause),
-        Ok(_) => route(&gate, &path, request.method().as_str()).await,
+        Ok(_) => route(&gate, &path, request.uri().query(), request.method().as_str()).await,
     };
     let event = EventDraft {
         event_type: "operator_call".to_owned(),
@@ -98,7 +103,7 @@ fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<Authenticate
     })?)
 }
 
-async fn route(gate: &Arc<Gate>, path: &str, method: &str) -> Result<Answer, Refusal> {
+async fn route(gate: &Arc<Gate>, path: &str, query: Option<&str>, method: &str) -> Result<Answer, Refusal> {
     let route = Route::of(path).ok_or(Refusal::NotFound)?;
     if method != route.allow() {
         return Err(Refusal::MethodNotAllowed { allow: route.allow() });
@@ -114,16 +119,9 @@ async fn route(gate: &Arc<Gate>, path: &str, method: &str) -> Result<Answer, Ref
                 .map_err(|error| Refusal::Store { message: error.to_string() })?;
             serde_json::to_value(report).map_err(|error| Refusal::Internal { message: error.to_string() })?
         }
-        Route::Profiles => {
-            let profile = |manifest: &crate::action::manifest::Manifest| {
-                json!({
-                    "action_id": manifest.action_id,
-                    "profile": manifest.profile.to_public(),
-                    "profile_hash": manifest.profile.hash(),
-                })
-            };
-            json!({"profiles": gate.registry.actions().map(|manifest| profile(manifest)).collect::<Vec<_>>()})
-        }
+        Route::Profiles => egress::profiles(gate),
+        Route::Flows => egress::flows(gate, query.unwrap_or_default()).await?,
+        Route::Explain(id) => egress::explain(gate, id).await?,
         Route::Metrics => return Ok(gate.metrics.exposition()),
         Route::Drain => {
             gate.drain();

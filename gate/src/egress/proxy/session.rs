@@ -35,6 +35,8 @@ pub struct State {
     books: Mutex<Books>,
     settled: Notify,
     flows: broadcast::Sender<Arc<FlowRecord>>,
+    /// The decision id of the next connection, where it is given.
+    first_decision: Mutex<Option<String>>,
 }
 
 #[derive(Default)]
@@ -79,6 +81,7 @@ impl Registry {
             books: Mutex::default(),
             settled: Notify::new(),
             flows: flows.clone(),
+            first_decision: Mutex::default(),
         });
         if let Some(before) = lock(&self.0).insert(leaf, Arc::clone(&state)) {
             before.closed.send_replace(true);
@@ -120,6 +123,10 @@ impl State {
         Ok(())
     }
 
+    pub fn decide_first_as(&self, decision_id: &str) {
+        *lock(&self.first_decision) = Some(decision_id.to_owned());
+    }
+
     /// Returns once the execution is over.
     pub async fn over(&self) {
         // The sender lives in `self`, so that the only end is the one that is waited for.
@@ -134,7 +141,10 @@ impl State {
                 let mut books = lock(&self.books);
                 if books.live == 0 {
                     let mut records = std::mem::take(&mut books.records);
-                    records.extend(books.overflow.take());
+                    if let Some(overflow) = books.overflow.take() {
+                        let _ = self.flows.send(Arc::new(overflow.clone()));
+                        records.push(overflow);
+                    }
                     return records;
                 }
             }
@@ -218,6 +228,9 @@ impl Connection {
         let mut record = blank(client);
         state.name(&mut record);
         record.rule = "no_request".to_owned();
+        if let Some(decision_id) = lock(&state.first_decision).take() {
+            record.decision_id = decision_id;
+        }
         Self { state, counts: Arc::new(Counts::new()), record: Mutex::new(record) }
     }
 
