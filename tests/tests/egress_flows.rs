@@ -1,5 +1,6 @@
 //! Flows as an operator sees them: every refusal has one decision id on all its faces, and `explain` knows it, after a
 //! restart too.
+#![allow(clippy::disallowed_methods)]
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};

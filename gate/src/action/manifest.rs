@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use crate::action::registry::AddedDomains;
 use crate::action::schema::{Schema, SchemaViolation};
 use crate::action::template::{self, HttpCall, Template, TemplateError};
-use crate::egress::profile::{Denied, DenyReason, Profile};
+use crate::egress::profile::{Denied, DenyReason, Permitted, Profile};
 
 mod keys;
 mod load;
@@ -192,6 +192,19 @@ impl Prepared {
             Self::Command { .. } => Vec::new(),
         }
     }
+
+    /// Whether the profile permits what the params name: host and port, and the protocol and method of its entry.
+    ///
+    /// # Errors
+    /// [`Denied`] for what is not permitted.
+    pub fn within(&self, profile: &Profile) -> Result<(), Denied> {
+        let Self::Http(call) = self else { return Ok(()) };
+        let over_tls = call.url.starts_with("https:");
+        match profile.permits_target(&call.host, call.port)? {
+            Permitted::Name(entry) => entry.permits_request(&call.method, over_tls),
+            Permitted::Address(entry) => entry.protocol().permits_request(over_tls),
+        }
+    }
 }
 
 /// The (host, port) pairs that a call with these params would contact.
@@ -274,10 +287,7 @@ impl Manifest {
         {
             return Err(DenyReason::MethodNotAllowed.into());
         }
-        for (host, port) in call.targets() {
-            self.profile.permits(&host, port)?;
-        }
-        Ok(())
+        call.within(&self.profile)
     }
 
     /// The names of the secrets that the manifest declares, for policy input.

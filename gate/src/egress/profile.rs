@@ -4,18 +4,24 @@
 //! asked, and the proxy asks it again for every connection: both call [`Profile::permits`], so they cannot disagree.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
+use super::address::Host;
 use crate::hash::sha256_tagged;
 
 mod entry;
 mod name;
+mod narrow;
+mod network;
 #[cfg(test)]
 mod tests;
 
-pub use entry::{DomainEntry, EntryError, EntryOptions, NotEnforced, Protocol, TlsMode};
+pub use entry::{DomainEntry, EntryError, EntryOptions, Form, NOT_ENFORCED, NotEnforced, Protocol, Rule, TlsMode};
 pub use name::{Name, NameError, Pattern, PatternError};
+pub use narrow::{Limit, Narrowing};
+pub use network::{Network, NetworkEntry, NetworkError};
 
 /// The ports of an entry that names none.
 pub const DEFAULT_PORTS: [u16; 2] = [80, 443];
@@ -25,7 +31,7 @@ pub const DEFAULT_PORTS: [u16; 2] = [80, 443];
 pub enum Profile {
     /// Nothing leaves the sandbox, DNS and loopback included.
     None,
-    /// Only the gate's proxy is reached, and through it only what the entries name.
+    /// Only the gate's proxy is reached, and through it only what the entries permit.
     Allowlist(Allowlist),
 }
 
@@ -33,6 +39,7 @@ pub enum Profile {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowlist {
     entries: Vec<Entry>,
+    networks: Vec<NetworkEntry>,
 }
 
 /// One rule of an allowlist: some names, at some ports.
@@ -41,6 +48,31 @@ pub struct Entry {
     pattern: Pattern,
     /// Sorted, without repetitions, never empty.
     ports: Vec<u16>,
+    protocol: EntryProtocol,
+    /// In upper case, sorted, without repetitions. Empty: all of them.
+    methods: Vec<String>,
+}
+
+/// What may be spoken with what an entry permits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum EntryProtocol {
+    /// TLS that is passed through, or HTTP in the clear: what the client sends first decides.
+    #[default]
+    Auto,
+    Tls {
+        /// Whether the proxy ends it and sees the requests inside.
+        terminate: bool,
+    },
+    Http,
+    /// Anything: nothing of it is looked at.
+    Tcp,
+}
+
+/// What permits a target: an entry about its name, or one about its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permitted<'a> {
+    Name(&'a Entry),
+    Address(&'a NetworkEntry),
 }
 
 /// A name and port that the profile does not permit.
@@ -55,16 +87,20 @@ pub struct Denied {
 pub enum DenyReason {
     /// The profile is `none`.
     NoEgress,
-    /// The target is an address; profiles name names.
+    /// The target is an address, and the profile has names only.
     AddressLiteral,
+    /// The target is an address, and in no network of the profile.
+    AddressNotAllowed,
     /// The target is no DNS name: an empty label, a trailing dot, a character that no host name has, too long.
     InvalidName,
     /// No entry names it.
     NameNotAllowed,
     /// An entry names it, at other ports.
     PortNotAllowed,
-    /// The action may not use this HTTP method.
+    /// The action may not use this HTTP method, there or anywhere.
     MethodNotAllowed,
+    /// An entry names it, for another protocol.
+    ProtocolNotAllowed,
 }
 
 impl DenyReason {
@@ -73,10 +109,12 @@ impl DenyReason {
         match self {
             Self::NoEgress => "no_egress",
             Self::AddressLiteral => "address_literal",
+            Self::AddressNotAllowed => "address_not_allowed",
             Self::InvalidName => "invalid_name",
             Self::NameNotAllowed => "name_not_allowed",
             Self::PortNotAllowed => "port_not_allowed",
             Self::MethodNotAllowed => "method_not_allowed",
+            Self::ProtocolNotAllowed => "protocol_not_allowed",
         }
     }
 }
@@ -99,10 +137,40 @@ impl Profile {
         let mut entries: Vec<Entry> = entries.into_iter().collect();
         entries.sort();
         entries.dedup();
-        Self::Allowlist(Allowlist { entries })
+        Self::Allowlist(Allowlist { entries, networks: Vec::new() })
     }
 
-    /// Whether `host` may be contacted at `port`, and by which entry.
+    /// The same with these networks besides; [`Profile::None`] stays what it is.
+    #[must_use]
+    pub fn with_networks(self, networks: impl IntoIterator<Item = NetworkEntry>) -> Self {
+        let Self::Allowlist(list) = self else {
+            return Self::None;
+        };
+        let mut networks: Vec<NetworkEntry> = list.networks.into_iter().chain(networks).collect();
+        networks.sort();
+        networks.dedup();
+        Self::Allowlist(Allowlist { networks, ..list })
+    }
+
+    /// The first two entries that say different things about the same names (or network) and port, so that neither
+    /// could be the rule.
+    pub fn contradiction(&self) -> Option<(String, String)> {
+        let pair = |a: &dyn fmt::Display, b: &dyn fmt::Display| Some((a.to_string(), b.to_string()));
+        let (entries, networks) = (self.entries(), self.network_entries());
+        let names = entries.iter().enumerate().find_map(|(at, one)| {
+            let other = entries.iter().skip(at + 1).find(|it| it.ports.iter().any(|&port| one.overrules(it, port)))?;
+            pair(one, other)
+        });
+        names.or_else(|| {
+            networks.iter().enumerate().find_map(|(at, one)| {
+                let mut others = networks.iter().skip(at + 1);
+                pair(one, others.find(|it| it.ports().iter().any(|&port| one.overrules(it, port)))?)
+            })
+        })
+    }
+
+    /// Whether `host` may be contacted at `port`, and by which entry: of several, by the one that is most particular
+    /// about the name (`exact`, then the longest suffix), so that a rule for one name holds under a rule for many.
     ///
     /// `host` is the host of an URL or of a CONNECT line as it was asked for; it is parsed here as an URL parser does
     /// (lower case, IDNA), so that every spelling of an address is seen as an address.
@@ -117,16 +185,45 @@ impl Profile {
             NameError::AddressLiteral => DenyReason::AddressLiteral,
             _ => DenyReason::InvalidName,
         })?;
-        let mut named = false;
-        for entry in &list.entries {
-            if entry.pattern.matches(&name) {
-                if entry.ports.binary_search(&port).is_ok() {
-                    return Ok(entry);
-                }
-                named = true;
-            }
-        }
-        Err(if named { DenyReason::PortNotAllowed } else { DenyReason::NameNotAllowed }.into())
+        let named = || list.entries.iter().filter(|entry| entry.pattern.matches(&name));
+        let none = if named().next().is_some() { DenyReason::PortNotAllowed } else { DenyReason::NameNotAllowed };
+        named()
+            .filter(|entry| entry.ports.binary_search(&port).is_ok())
+            .max_by_key(|entry| entry.pattern.particularity())
+            .ok_or(none.into())
+    }
+
+    /// Whether an address that no name stands for may be contacted at `port`, and by which entry: of several, by that
+    /// of the smallest network.
+    ///
+    /// # Errors
+    /// [`Denied`] for every address that is in no network of the profile.
+    pub fn permits_address(&self, address: IpAddr, port: u16) -> Result<&NetworkEntry, Denied> {
+        let Self::Allowlist(list) = self else {
+            return Err(DenyReason::NoEgress.into());
+        };
+        let around = || list.networks.iter().filter(|entry| entry.network.contains(address));
+        let none = match (around().next(), list.networks.as_slice()) {
+            (Some(_), _) => DenyReason::PortNotAllowed,
+            (None, []) => DenyReason::AddressLiteral,
+            (None, _) => DenyReason::AddressNotAllowed,
+        };
+        around()
+            .filter(|entry| entry.ports.binary_search(&port).is_ok())
+            .max_by_key(|entry| entry.network.prefix())
+            .ok_or(none.into())
+    }
+
+    /// The same for a host of either kind, as it was asked for.
+    ///
+    /// # Errors
+    /// [`Denied`].
+    pub fn permits_target(&self, host: &str, port: u16) -> Result<Permitted<'_>, Denied> {
+        let address = match (host.parse(), Host::parse(host)) {
+            (Ok(address), _) | (_, Ok(Host::Address(address))) => address,
+            _ => return self.permits(host, port).map(Permitted::Name),
+        };
+        self.permits_address(address, port).map(Permitted::Address)
     }
 
     /// Whether nothing at all leaves, so that the kernel need not let even the proxy be reached.
@@ -141,12 +238,19 @@ impl Profile {
         }
     }
 
-    /// What both this profile and `approved` permit: policy can take away and never add.
-    pub fn narrowed(&self, approved: &Narrowing) -> Self {
-        let (Self::Allowlist(list), Narrowing::Only(limits)) = (self, approved) else {
-            return Self::None;
-        };
-        Self::allowlist(list.entries.iter().flat_map(|entry| limits.iter().filter_map(|limit| entry.within(limit))))
+    pub fn network_entries(&self) -> &[NetworkEntry] {
+        match self {
+            Self::None => &[],
+            Self::Allowlist(list) => &list.networks,
+        }
+    }
+
+    /// What the kernel program is to let through besides names: address, length of the prefix in bits, ports.
+    pub fn networks(&self) -> impl Iterator<Item = (IpAddr, u8, &[u16])> {
+        self.network_entries().iter().map(|entry| {
+            let (address, prefix) = entry.network();
+            (address, prefix, entry.ports())
+        })
     }
 
     /// `sha256:<hex>` over `latchgate.profile.v1\n` and the JCS form of the profile.
@@ -164,10 +268,18 @@ impl Profile {
             .entries
             .iter()
             .map(|entry| {
-                let ports: Vec<String> = entry.ports.iter().map(u16::to_string).collect();
                 let (kind, name) = (entry.pattern.kind(), entry.pattern.name());
-                format!(r#"{{"match":"{kind}","name":"{name}","ports":[{}]}}"#, ports.join(","))
+                let methods = match entry.methods.as_slice() {
+                    [] => String::new(),
+                    methods => format!(r#""methods":["{}"],"#, methods.join("\",\"")),
+                };
+                let (ports, protocol) = (ports_text(&entry.ports), entry.protocol.canonical());
+                format!(r#"{{"match":"{kind}",{methods}"name":"{name}","ports":[{ports}]{protocol}}}"#)
             })
+            .chain(list.networks.iter().map(|entry| {
+                let (network, ports, protocol) = (entry.network, ports_text(&entry.ports), entry.protocol.canonical());
+                format!(r#"{{"match":"network","name":"{network}","ports":[{ports}]{protocol}}}"#)
+            }))
             .collect();
         format!(r#"{{"entries":[{}],"profile":"proxy_allowlist"}}"#, entries.join(","))
     }
@@ -178,6 +290,7 @@ impl Profile {
             return json!("none");
         };
         let mut names: Vec<String> = list.entries.iter().map(|entry| entry.pattern.to_string()).collect();
+        names.extend(list.networks.iter().map(|entry| entry.network.to_string()));
         names.dedup();
         json!({ "proxy_allowlist": { "allowed_domains": names } })
     }
@@ -186,13 +299,16 @@ impl Profile {
 impl Entry {
     /// `ports` empty means [`DEFAULT_PORTS`].
     pub fn new(pattern: Pattern, ports: impl IntoIterator<Item = u16>) -> Self {
-        let mut ports: Vec<u16> = ports.into_iter().collect();
-        if ports.is_empty() {
-            ports.extend(DEFAULT_PORTS);
-        }
-        ports.sort_unstable();
-        ports.dedup();
-        Self { pattern, ports }
+        Self { pattern, ports: default_ports(ports), protocol: EntryProtocol::Auto, methods: Vec::new() }
+    }
+
+    /// The same names and ports, for this protocol and these HTTP methods (in upper case); none means all.
+    #[must_use]
+    pub fn speaking(self, protocol: EntryProtocol, methods: impl IntoIterator<Item = String>) -> Self {
+        let mut methods: Vec<String> = methods.into_iter().collect();
+        methods.sort();
+        methods.dedup();
+        Self { protocol, methods, ..self }
     }
 
     pub fn pattern(&self) -> &Pattern {
@@ -203,73 +319,96 @@ impl Entry {
         &self.ports
     }
 
-    fn within(&self, limit: &Limit) -> Option<Self> {
-        let pattern = self.pattern.intersect(&limit.pattern)?;
-        let ports: Vec<u16> = match &limit.ports {
-            None => self.ports.clone(),
-            Some(allowed) => self.ports.iter().copied().filter(|port| allowed.contains(port)).collect(),
-        };
-        (!ports.is_empty()).then_some(Self { pattern, ports })
+    pub const fn protocol(&self) -> EntryProtocol {
+        self.protocol
     }
+
+    /// The HTTP methods that may be used, in upper case; empty for all of them.
+    pub fn methods(&self) -> &[String] {
+        &self.methods
+    }
+
+    /// Whether a request of this method to an `https` (or else `http`) URL is what the entry is for.
+    ///
+    /// # Errors
+    /// [`Denied`] for another protocol or method.
+    pub fn permits_request(&self, method: &str, over_tls: bool) -> Result<(), Denied> {
+        self.protocol.permits_request(over_tls)?;
+        if self.methods.is_empty() || self.methods.iter().any(|allowed| allowed == method) {
+            Ok(())
+        } else {
+            Err(DenyReason::MethodNotAllowed.into())
+        }
+    }
+
+    /// Whether this entry's rule holds where the other would have another one.
+    fn overrules(&self, other: &Self, port: u16) -> bool {
+        self.pattern == other.pattern
+            && (self.protocol, &self.methods) != (other.protocol, &other.methods)
+            && self.ports.binary_search(&port).is_ok()
+    }
+}
+
+impl EntryProtocol {
+    /// Whether the proxy sees requests, so that their methods can be held to something.
+    pub const fn shows_requests(self) -> bool {
+        matches!(self, Self::Http | Self::Tls { terminate: true })
+    }
+
+    /// # Errors
+    /// [`Denied`] when a request over TLS, or in the clear, is not what may be spoken.
+    pub fn permits_request(self, over_tls: bool) -> Result<(), Denied> {
+        match (self, over_tls) {
+            (Self::Tls { .. }, false) | (Self::Http, true) => Err(DenyReason::ProtocolNotAllowed.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The members of the canonical form; none for what entries had before there was a choice, so that their hashes stay.
+    const fn canonical(self) -> &'static str {
+        match self {
+            Self::Auto => "",
+            Self::Tls { terminate: false } => r#","protocol":"tls""#,
+            Self::Tls { terminate: true } => r#","protocol":"tls","tls":"terminate""#,
+            Self::Http => r#","protocol":"http""#,
+            Self::Tcp => r#","protocol":"tcp""#,
+        }
+    }
+
+    /// What a printed rule has after its ports.
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Auto => "",
+            Self::Tls { terminate: false } => " tls",
+            Self::Tls { terminate: true } => " tls terminate",
+            Self::Http => " http",
+            Self::Tcp => " tcp",
+        }
+    }
+}
+
+fn default_ports(ports: impl IntoIterator<Item = u16>) -> Vec<u16> {
+    let mut ports: Vec<u16> = ports.into_iter().collect();
+    if ports.is_empty() {
+        ports.extend(DEFAULT_PORTS);
+    }
+    ports.sort_unstable();
+    ports.dedup();
+    ports
+}
+
+fn ports_text(ports: &[u16]) -> String {
+    ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",")
 }
 
 impl fmt::Display for Entry {
-    /// The rule as flow records name it, for example `*.example.com:80,443`.
+    /// The rule as an operator reads it, for example `*.example.com:80,443` or `=api.example.com:443 http GET,HEAD`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ports: Vec<String> = self.ports.iter().map(u16::to_string).collect();
-        write!(f, "{}:{}", self.pattern, ports.join(","))
-    }
-}
-
-/// The `approved_egress` of a policy decision: what a profile is narrowed to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Narrowing {
-    Nothing,
-    Only(Vec<Limit>),
-}
-
-/// One domain of an `approved_egress`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limit {
-    pattern: Pattern,
-    /// `None` leaves the ports of the profile's entry as they are: the plain form, which policy got as its input, does
-    /// not carry them.
-    ports: Option<Vec<u16>>,
-}
-
-impl Narrowing {
-    /// Reads `"none"` or `{"proxy_allowlist": {"allowed_domains": […]}}`, whose items are names or `{domain, ports?,
-    /// exact?}`.
-    ///
-    /// # Errors
-    /// What is wrong with it, for anything else: an output that cannot be read must not become an allow.
-    pub fn parse(value: &Value) -> Result<Self, String> {
-        if value == "none" {
-            return Ok(Self::Nothing);
+        let exact = if matches!(self.pattern, Pattern::Exact(_)) { "=" } else { "" };
+        write!(f, "{exact}{}:{}{}", self.pattern, ports_text(&self.ports), self.protocol.suffix())?;
+        match self.methods.as_slice() {
+            [] => Ok(()),
+            methods => write!(f, " {}", methods.join(",")),
         }
-        let list = value
-            .as_object()
-            .filter(|object| object.len() == 1)
-            .and_then(|object| object.get("proxy_allowlist"))
-            .and_then(Value::as_object)
-            .ok_or("approved_egress is neither \"none\" nor {\"proxy_allowlist\": …}")?;
-        let domains = match list.get("allowed_domains") {
-            None | Some(Value::Null) => return Ok(Self::Only(Vec::new())),
-            Some(domains) => domains.as_array().ok_or("approved_egress: allowed_domains is not a list")?,
-        };
-        domains.iter().map(Limit::parse).collect::<Result<_, _>>().map(Self::Only)
-    }
-}
-
-impl Limit {
-    fn parse(value: &Value) -> Result<Self, String> {
-        let wrong = |error: &dyn fmt::Display| format!("approved_egress: {error}");
-        // A limit only takes away, so a wide one (`*.com`) is no danger here and public suffixes are not refused.
-        if let Some(text) = value.as_str() {
-            return Ok(Self { pattern: Pattern::parse(text).map_err(|e| wrong(&e))?, ports: None });
-        }
-        let options: EntryOptions = serde_json::from_value(value.clone()).map_err(|e| wrong(&e))?;
-        let (pattern, ports) = options.as_limit().map_err(|e| wrong(&e))?;
-        Ok(Self { pattern, ports })
     }
 }

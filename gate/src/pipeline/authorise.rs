@@ -95,9 +95,7 @@ pub fn authorise(gate: &Gate, caller: &Caller, request: &Request, call: ValidCal
         }
     };
     // A narrowed profile may leave out what this very call asks for.
-    for (host, port) in call.prepared().targets() {
-        profile.permits(&host, port).map_err(outside)?;
-    }
+    call.prepared().within(&profile).map_err(outside)?;
     Ok(Decision { call, profile, policy_version: gate.policy.policy_version().to_owned() })
 }
 

@@ -15,7 +15,7 @@ use crate::action::canonical;
 use crate::action::registry::AddedDomains;
 use crate::action::schema::Schema;
 use crate::action::template::{METHODS, Template};
-use crate::egress::profile::{DomainEntry, NotEnforced, Profile};
+use crate::egress::profile::{DomainEntry, NotEnforced, Profile, Rule};
 use crate::hash::sha256_tagged;
 
 /// Why a manifest does not load.
@@ -114,7 +114,7 @@ fn add_domains(raw: &mut RawManifest, plain: &mut Value, added: &[Value]) -> Res
     }
     for entry in added {
         let domain: DomainEntry = serde_json::from_value(entry.clone()).map_err(|error| wrong(&error))?;
-        domain.compile().map_err(|error| wrong(&error))?;
+        domain.rule().map_err(|error| wrong(&error))?;
         raw.egress.allowed_domains.push(Spanned::new(domain, Location::UNKNOWN, Location::UNKNOWN));
     }
     let written = plain
@@ -253,14 +253,17 @@ fn profile(raw: &RawEgress, warnings: &mut Vec<Warning>) -> Result<Profile, Mani
     if let Some(audit) = raw.mode.as_ref().filter(|it| it.value == Mode::UnsafeAudit) {
         return Err(ManifestError::at(audit.referenced, NotEnforced::new("egress.mode: unsafe_audit")));
     }
-    let mut entries = Vec::new();
+    let (mut entries, mut networks) = (Vec::new(), Vec::new());
     for domain in &raw.allowed_domains {
-        let (entry, remark) = domain
+        let (rule, remark) = domain
             .value
-            .compile()
+            .rule()
             .map_err(|error| ManifestError::at(domain.referenced, format!("allowed_domains: {error}")))?;
         warnings.extend(remark.map(|what| Warning { line: line(domain.referenced), what }));
-        entries.push(entry);
+        match rule {
+            Rule::Names(entry) => entries.push(entry),
+            Rule::Addresses(entry) => networks.push(entry),
+        }
     }
     match (raw.profile, raw.allowed_domains.first()) {
         (RawProfile::None, Some(first)) => Err(ManifestError::at(
@@ -268,7 +271,18 @@ fn profile(raw: &RawEgress, warnings: &mut Vec<Warning>) -> Result<Profile, Mani
             "egress.profile none reaches nothing, and allowed_domains names something",
         )),
         (RawProfile::None, None) => Ok(Profile::None),
-        (RawProfile::ProxyAllowlist, _) => Ok(Profile::allowlist(entries)),
+        (RawProfile::ProxyAllowlist, first) => {
+            let profile = Profile::allowlist(entries).with_networks(networks);
+            match (profile.contradiction(), first) {
+                (Some((one, other)), Some(first)) => Err(ManifestError::at(
+                    first.referenced,
+                    format!(
+                        "allowed_domains: `{one}` and `{other}` say different things about the same names and ports"
+                    ),
+                )),
+                _ => Ok(profile),
+            }
+        }
     }
 }
 

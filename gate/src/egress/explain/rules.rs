@@ -1,7 +1,7 @@
 //! What each rule means, and what would change its answer.
 
 use super::{Change, Flow};
-use crate::egress::profile::{DenyReason, Name, Profile};
+use crate::egress::profile::{DenyReason, Form, NOT_ENFORCED, Name, Profile};
 
 type Told = (String, Change);
 
@@ -33,10 +33,9 @@ fn by_name(flow: &Flow<'_>) -> Option<Told> {
             ),
             profile => (not_permitted(word, flow), entry_for(flow, profile)),
         },
-        "address_literal" | "address_not_allowed" => (
-            format!("{target} is an address, and the profile of {action} does not permit it"),
-            Change::none("Ask for it by its name: this build has no entries for addresses yet."),
-        ),
+        "address_literal" | "address_not_allowed" => {
+            (format!("{target} is an address, and the profile of {action} does not permit it"), address_entry(flow))
+        }
         "invalid_name" => (
             format!("{target} is not a name that DNS could carry"),
             Change::none("Nothing allows this: the client has to ask for a DNS name."),
@@ -237,6 +236,22 @@ fn not_permitted(word: &str, flow: &Flow<'_>) -> String {
         "port_not_allowed" => format!("an entry of {action}'s profile has the name of {target}, at other ports"),
         "protocol_not_allowed" => format!("an entry of {action}'s profile has {target}, for another protocol"),
         _ => format!("no entry of {action}'s profile has the name of {target}"),
+    }
+}
+
+/// An entry for that one address and port.
+fn address_entry(flow: &Flow<'_>) -> Change {
+    let (Some(address), false) = (flow.address(), NOT_ENFORCED.contains(&Form::Cidr)) else {
+        return Change::none("Ask for it by its name.");
+    };
+    let (action, port) = (flow.action(), flow.port().unwrap_or(443));
+    let network = format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 });
+    Change {
+        what: format!("Ask for it by its name. If it has none, add this entry to {action}."),
+        manifest: Some(format!("- {{cidr: \"{network}\", ports: [{port}]}}")),
+        configuration: Some(format!(
+            "[definitions.allowed_domains]\n\"{action}\" = [{{ cidr = \"{network}\", ports = [{port}] }}]"
+        )),
     }
 }
 

@@ -155,6 +155,12 @@ impl Pattern {
         }
     }
 
+    /// Of two patterns that match one name, the greater says more about it.
+    pub(super) fn particularity(&self) -> (bool, usize, bool) {
+        let labels = self.name().0.split('.').count();
+        (matches!(self, Self::Exact(_)), labels, matches!(self, Self::Below(_)))
+    }
+
     /// How the pattern is called in the canonical form of a profile.
     pub(super) const fn kind(&self) -> &'static str {
         match self {

@@ -8,6 +8,7 @@ use url::form_urlencoded;
 
 use crate::egress::explain;
 use crate::egress::flows::Filter;
+use crate::egress::profile::Profile;
 use crate::gate::Gate;
 use crate::pipeline::Refusal;
 use crate::time::Timestamp;
@@ -33,11 +34,17 @@ pub fn profiles(gate: &Gate) -> Value {
             "action_id": manifest.action_id,
             "profile": manifest.profile.to_public(),
             "profile_hash": manifest.profile.hash(),
-            "entries": manifest.profile.entries().iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "entries": entries(&manifest.profile),
             "allowed_methods": manifest.allowed_methods,
         })
     };
     json!({"profiles": gate.registry.actions().map(|manifest| profile(manifest)).collect::<Vec<_>>()})
+}
+
+/// The rules as an operator reads them.
+fn entries(profile: &Profile) -> Vec<String> {
+    let networks = profile.network_entries().iter().map(ToString::to_string);
+    profile.entries().iter().map(ToString::to_string).chain(networks).collect()
 }
 
 /// What `GET /v1/egress/flows` asks for.
