@@ -319,7 +319,7 @@ mod tests {
         for (id, entry) in [
             ("http_fetch", json!("*.com")),
             ("http_fetch", json!("10.0.0.1")),
-            ("http_fetch", json!({"domain": "a.example", "tls": "terminate"})),
+            ("http_fetch", json!({"domain": "a.example", "tls": "terminated"})),
             ("http_fetch", json!(1)),
             ("no_such", json!("api.example.com")),
         ] {

@@ -19,7 +19,16 @@ const MANIFEST: Known = Keys(&[
     ("provider_module_digest", Open),
     ("required_imports", Open),
     ("template", Keys(&[("method", Open), ("url_template", Open), ("headers", Open), ("body_template", Open)])),
-    ("command", Open),
+    (
+        "command",
+        Keys(&[
+            ("argv", Open),
+            ("env", Open),
+            ("stdin", Open),
+            ("files", Each(&Keys(&[("path", Open), ("sha256", Open)]))),
+            ("rootfs", Open),
+        ]),
+    ),
     (
         "io",
         Keys(&[
@@ -43,14 +52,32 @@ const MANIFEST: Known = Keys(&[
         "egress",
         Keys(&[
             ("profile", Open),
-            ("allowed_domains", Open),
+            (
+                "allowed_domains",
+                Each(&Keys(&[
+                    ("domain", Open),
+                    ("cidr", Open),
+                    ("ports", Open),
+                    ("exact", Open),
+                    ("protocol", Open),
+                    ("tls", Open),
+                    ("methods", Open),
+                ])),
+            ),
             ("allowed_methods", Open),
             ("on_unresolved", Open),
             ("mode", Open),
         ]),
     ),
     ("cost_usd_cents", Open),
-    ("secrets", Each(&Keys(&[("name", Open), ("required", Open), ("inject", Open)]))),
+    (
+        "secrets",
+        Each(&Keys(&[
+            ("name", Open),
+            ("required", Open),
+            ("inject", Keys(&[("header", Open), ("format", Open), ("hosts", Open)])),
+        ])),
+    ),
     ("risk_level", Open),
     ("verifier_kind", Open),
     ("verification_config", Keys(&[("expected_status", Open), ("required_fields", Open)])),
@@ -59,8 +86,8 @@ const MANIFEST: Known = Keys(&[
     ("tags", Open),
 ]);
 
-/// A warning for every key that this build does not know. `command`, domain entries and `inject` are not looked into:
-/// there an unknown key is an error already, because it could only have narrowed something.
+/// A warning for every key that this build does not know. In `command`, domain entries and `inject` an unknown key is an
+/// error before this, because it could only have narrowed something.
 pub(super) fn unknown(manifest: &Value, text: &str) -> Vec<Warning> {
     let mut found = Vec::new();
     walk(manifest, &MANIFEST, "", &mut found);
@@ -68,6 +95,27 @@ pub(super) fn unknown(manifest: &Value, text: &str) -> Vec<Warning> {
         .into_iter()
         .map(|(path, key)| Warning { line: line_of(text, &key), what: format!("unknown key {path:?}") })
         .collect()
+}
+
+/// Every key, as the documentation writes it: `egress.allowed_domains[].ports`.
+#[cfg(test)]
+pub(super) fn paths() -> Vec<String> {
+    fn below(known: &Known, path: &str, paths: &mut Vec<String>) {
+        match known {
+            Open => {}
+            Each(known) => below(known, &format!("{path}[]"), paths),
+            Keys(keys) => {
+                for (name, known) in *keys {
+                    let path = if path.is_empty() { (*name).to_owned() } else { format!("{path}.{name}") };
+                    below(known, &path, paths);
+                    paths.push(path);
+                }
+            }
+        }
+    }
+    let mut paths = Vec::new();
+    below(&MANIFEST, "", &mut paths);
+    paths
 }
 
 fn walk(value: &Value, known: &Known, path: &str, found: &mut Vec<(String, String)>) {

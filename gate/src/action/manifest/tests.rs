@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::egress::profile::DenyReason;
+use crate::egress::profile::{DenyReason, Form, NOT_ENFORCED};
 
 const HTTP: &str = r#"action_id: read_one
 version: "1.2.0"
@@ -175,23 +175,97 @@ fn what_is_wrong_is_told_with_its_line() {
 fn what_cannot_be_enforced_yet_does_not_load() {
     let domain = |entry: &str| ("[api.example.com]", format!("[{{{entry}}}]"), Some(19));
     let egress = |line: &str| ("risk_level: low", format!("  {line}\nrisk_level: low"), Some(20));
-    for ((from, to, line), part) in [
-        (domain("domain: api.example.com, tls: terminate"), "tls: terminate"),
-        (domain("domain: api.example.com, protocol: tcp, ports: [5432]"), "protocol: tcp"),
-        (domain("domain: api.example.com, protocol: http"), "protocol: http"),
-        (domain("domain: api.example.com, methods: [GET]"), "methods"),
-        (domain("cidr: 10.0.0.0/8, ports: [5432], protocol: tcp"), "{cidr}"),
-        (egress("on_unresolved: hold"), "on_unresolved: hold"),
-        (egress("mode: unsafe_audit"), "mode: unsafe_audit"),
-    ] {
+    let form = |form: Form| match form {
+        Form::Terminate => "domain: api.example.com, tls: terminate",
+        Form::Tcp => "domain: api.example.com, protocol: tcp, ports: [5432], exact: true",
+        Form::Http => "domain: api.example.com, protocol: http",
+        Form::Methods => "domain: api.example.com, methods: [GET]",
+        Form::Cidr => "cidr: 10.0.0.0/8, ports: [5432], protocol: tcp",
+    };
+    let forms = NOT_ENFORCED.iter().map(|&wanted| (domain(form(wanted)), wanted.name()));
+    let never =
+        [(egress("on_unresolved: hold"), "on_unresolved: hold"), (egress("mode: unsafe_audit"), "mode: unsafe_audit")];
+    for ((from, to, line), part) in forms.chain(never) {
         let error = replaced(HTTP, from, &to).unwrap_err();
-        assert!(error.what.contains(part) && error.what.contains("not enforced yet"), "{to}: {error}");
+        assert!(error.what.contains("not enforced yet"), "{to}: {error}");
+        // An entry with two such forms is refused for one of them.
+        assert!(error.what.contains(part) || to.contains("cidr"), "{to}: {error}");
         assert_eq!(error.line, line, "{to}: {error}");
     }
     let error = replaced(COMMAND, "{ profile: none }", "{ profile: none, allowed_methods: [GET] }").unwrap_err();
     assert!(error.what.contains("allowed_methods for builtin:command is not enforced yet"), "{error}");
     for (from, to, _) in [egress("on_unresolved: deny"), egress("mode: enforce")] {
         assert!(replaced(HTTP, from, &to).is_ok(), "{to}");
+    }
+}
+
+#[test]
+fn entries_that_contradict_each_other_do_not_load() {
+    let error = replaced(HTTP, "[api.example.com]", "[api.example.com, {domain: api.example.com, protocol: tls}]");
+    let error = error.unwrap_err();
+    assert!(error.what.contains("`api.example.com:80,443` and `api.example.com:80,443 tls`"), "{error}");
+    assert_eq!(error.line, Some(19));
+    assert!(replaced(HTTP, "[api.example.com]", "[example.com, {domain: api.example.com, protocol: tls}]").is_ok());
+}
+
+#[test]
+fn a_call_is_held_to_the_protocol_of_its_entry() {
+    let text = HTTP.replace("[api.example.com]", "[{domain: api.example.com, protocol: tls}]");
+    let manifest = parse(&text.replace("https://api", "http://api")).unwrap();
+    let call = manifest.prepare(&params(json!({"id": "x"}))).unwrap();
+    assert_eq!(manifest.permits(&call).unwrap_err().reason, DenyReason::ProtocolNotAllowed);
+    let manifest = parse(&text).unwrap();
+    assert_eq!(manifest.permits(&manifest.prepare(&params(json!({"id": "x"}))).unwrap()), Ok(()));
+}
+
+/// docs/manifests.md against the table of keys and the list of what is not enforced.
+#[test]
+fn the_documentation_has_every_key_and_no_other() {
+    let text = include_str!("../../../../docs/manifests.md");
+    let mut documented: Vec<String> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(key, _)| key.to_owned()))
+        .collect();
+    let twice = documented.len();
+    documented.sort();
+    documented.dedup();
+    assert_eq!(documented.len(), twice, "a key is there twice");
+    // A section stands in the rows of its keys.
+    let sections = ["io", "resource_limits", "egress", "verification_config"];
+    let mut known: Vec<String> = keys::paths().into_iter().filter(|path| !sections.contains(&path.as_str())).collect();
+    known.sort();
+    assert_eq!(documented, known);
+    for line in text.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").collect();
+        assert!(cells.len() == 3 && cells.iter().all(|cell| !cell.trim().is_empty()), "{line}");
+    }
+
+    let list = text.split("## Not enforced yet").nth(1).unwrap();
+    let mut listed: Vec<&str> = list.lines().filter_map(|line| line.strip_prefix("- ")).collect();
+    let mut refused: Vec<&str> = NOT_ENFORCED.iter().map(|form| form.name()).collect();
+    refused.extend(["egress.on_unresolved: hold", "egress.mode: unsafe_audit", "allowed_methods for builtin:command"]);
+    listed.sort_unstable();
+    refused.sort_unstable();
+    assert_eq!(listed, refused);
+}
+
+/// The defaults that docs/manifests.md names.
+#[test]
+fn the_documented_defaults_are_the_defaults() {
+    let text = include_str!("../../../../docs/manifests.md");
+    let limits = ResourceLimits::default();
+    let io = super::raw::RawIo::default();
+    for (key, value) in [
+        ("io.max_request_bytes", io.max_request_bytes),
+        ("io.max_response_bytes", io.max_response_bytes),
+        ("resource_limits.memory_mb", limits.memory_mb),
+        ("resource_limits.timeout_seconds", limits.timeout_seconds),
+        ("resource_limits.max_io_calls", limits.max_io_calls),
+        ("resource_limits.fuel", limits.fuel),
+        ("resource_limits.max_host_response_bytes", limits.max_host_response_bytes),
+        ("cost_usd_cents", 0),
+    ] {
+        assert!(text.contains(&format!("| `{key}` | {value} |")), "{key}: {value}");
     }
 }
 
