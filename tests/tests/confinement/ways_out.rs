@@ -72,7 +72,7 @@ fn nothing_leaves_but_to_the_proxy() {
                     flow["address"] == json!(listener.address.ip()) && flow["port"] == json!(listener.address.port())
                 };
                 let flow = evidence[1..].iter().find(named).unwrap_or_else(|| panic!("{}", listener.address));
-                assert_eq!((&flow["verdict"], &flow["decided_by"]), (&json!("deny"), &json!("kernel")));
+                assert_eq!((&flow["verdict"], &flow["decided_by"]), (&json!("deny"), &json!("hook")));
             }
         }
     }
