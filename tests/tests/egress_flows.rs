@@ -200,3 +200,27 @@ fn profiles_are_shown_as_they_are_in_force() {
         assert!(text(&profile, "profile_hash").starts_with("sha256:"));
     }
 }
+
+#[test]
+fn a_terminal_gets_a_table() {
+    let script = "/usr/bin/script";
+    if !std::path::Path::new(script).exists() {
+        return skip("no /usr/bin/script to make a terminal");
+    }
+    let Some(gate) = gate("table") else { return };
+    Agent::connect(&gate.agent()).execute("fetch", &json!({"url": "https://elsewhere.test/"}));
+    let place = gate.directory().display().to_string();
+    for (what, head, row) in [
+        ("flows", "TIME ", "elsewhere.test:443"),
+        ("profiles", "ACTION ", "inside.test:80,443  ported.test:8443"),
+        ("flows --json", "{", "\"name\":\"elsewhere.test\""),
+    ] {
+        let line = format!(
+            "{} egress {what} --socket {place}/operator/operator.sock --key {place}/operator.json",
+            binary().display()
+        );
+        let output = Command::new(script).args(["-qec", &line, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(shown.starts_with(head) && shown.contains(row), "{what}:\n{shown}");
+    }
+}

@@ -128,7 +128,11 @@ impl<'a> Flow<'a> {
         self.text("action_id").unwrap_or("(no action)")
     }
 
+    /// Of what was to be contacted: the port of a DNS server is not that.
     fn port(&self) -> Option<u16> {
+        if self.text("protocol") == Some("dns") {
+            return None;
+        }
         self.record.get("port").and_then(Value::as_u64).and_then(|port| u16::try_from(port).ok()).filter(|&it| it != 0)
     }
 

@@ -9,10 +9,14 @@ type Told = (String, Change);
 pub fn refused(flow: &Flow<'_>) -> Told {
     match flow.text("decided_by") {
         Some("hook" | "kernel") => by_kernel(flow),
-        _ => by_name(flow).or_else(|| by_content(flow)).or_else(|| by_limit(flow)).unwrap_or_else(|| {
-            let because = format!("the rule {:?} refused it", flow.rule());
-            (because, Change::none("This build does not know what would allow it."))
-        }),
+        _ => by_name(flow)
+            .or_else(|| by_content(flow))
+            .or_else(|| by_dns(flow))
+            .or_else(|| by_limit(flow))
+            .unwrap_or_else(|| {
+                let because = format!("the rule {:?} refused it", flow.rule());
+                (because, Change::none("This build does not know what would allow it."))
+            }),
     }
 }
 
@@ -108,6 +112,43 @@ fn by_content(flow: &Flow<'_>) -> Option<Told> {
     })
 }
 
+/// Refusals of the resolver that are not about which name.
+fn by_dns(flow: &Flow<'_>) -> Option<Told> {
+    let (action, target) = (flow.action(), flow.target());
+    let never = |because: String, what: &str| Some((because, Change::none(what)));
+    match flow.rule() {
+        "dns_malformed" => never(
+            "what was sent is not one DNS query, or could be read in two ways".to_owned(),
+            "Nothing allows this: the client has to send a query of one question.",
+        ),
+        "dns_type_not_allowed" | "dns_class_not_allowed" => never(
+            format!("{action} asked for other records of {target} than addresses"),
+            "Nothing allows this: records that carry text or names are a way out.",
+        ),
+        "dns_rate" => never(
+            format!("{action} asked faster than an execution may"),
+            "No setting allows more: let the action ask less often, or keep the answers that it has.",
+        ),
+        "dns_names_per_execution" => never(
+            format!("one execution of {action} has asked for as many names as it may"),
+            "No setting allows more: split the work.",
+        ),
+        "disputed" => never(
+            "the kernel's record and the listener say different things about whose it is".to_owned(),
+            "Nothing allows this: what cannot be proved to be one execution's is refused.",
+        ),
+        "kernel_refused" => never(
+            format!("the kernel program could not be told of {target}"),
+            "Nothing to allow: the gate's log says what is full.",
+        ),
+        "no_resolver" => never(
+            "the execution has no resolver over TCP".to_owned(),
+            "Let the program use the proxy that its environment names, which resolves by itself.",
+        ),
+        _ => None,
+    }
+}
+
 /// Refusals for how much, and of connections that are nobody's.
 fn by_limit(flow: &Flow<'_>) -> Option<Told> {
     let action = flow.action();
@@ -156,6 +197,15 @@ fn by_kernel(flow: &Flow<'_>) -> Told {
                 "Let the program use the proxy that its environment names (HTTPS_PROXY), or ask for a name of its \
                  profile: an address by itself is refused.",
             ),
+        ),
+        "not_in_profile" => (format!("the profile of {action} has nothing at {target}"), address_entry(flow)),
+        "too_many_servers" => (
+            "one socket asked more DNS servers than are told apart".to_owned(),
+            Change::none("Nothing allows more: every server gives the gate's answer, so one is enough."),
+        ),
+        "too_many_queries" | "query_in_flight" => (
+            format!("{action} had a DNS query under way that could not be told from this one, or too many of them"),
+            Change::none("Nothing to allow: clients ask again."),
         ),
         "datagram" if port == 443 => (
             format!("QUIC (UDP to {target}) is refused so that clients fall back to TCP"),

@@ -60,6 +60,12 @@ fn what_the_manifest_permits_was_taken_away_by_policy() {
     let question = json!({"verdict": "deny", "decided_by": "resolver", "rule": "name_not_allowed",
         "name": "example.com", "protocol": "dns"});
     assert!(explain(&question, Some(&list)).change.unwrap().what.contains("approved_egress"));
+    // The port that was asked is the resolver's, and none of the name's.
+    let question = json!({"verdict": "deny", "decided_by": "resolver", "rule": "name_not_allowed",
+        "name": "other.test", "port": 53, "protocol": "dns", "action_id": "web_read"});
+    let explanation = explain(&question, Some(&list));
+    assert_eq!(explanation.asked, "the addresses of other.test");
+    assert_eq!(proposed(&explanation), json!({"domain": "other.test", "ports": [443], "exact": true}));
 }
 
 #[test]
@@ -72,9 +78,7 @@ fn a_hostile_name_is_never_proposed() {
 
 #[test]
 fn every_rule_of_the_kernel_and_of_the_proxy_is_known() {
-    use latchgate_egress_types::Reason;
-    assert_eq!(Reason::ALL.len(), 12, "a reason that is new needs its explanation here and in `rules`");
-    for reason in [
+    let reasons = [
         "no_entry",
         "expired",
         "foreign_generation",
@@ -87,7 +91,14 @@ fn every_rule_of_the_kernel_and_of_the_proxy_is_known() {
         "malformed",
         "map_full",
         "too_many_flows",
-    ] {
+        "not_in_profile",
+        "too_many_servers",
+        "too_many_queries",
+        "query_in_flight",
+    ];
+    let there = latchgate_egress_types::Reason::ALL.len();
+    assert!(there <= reasons.len(), "a reason that is new needs its explanation in `rules`, and its name here");
+    for reason in reasons {
         let flow = json!({"verdict": "deny", "decided_by": "hook", "hook": "connect4", "rule": reason, "reason": reason,
             "protocol": "tcp", "address": "192.0.2.1", "port": 80, "action_id": "a"});
         let explanation = explain(&flow, None);
@@ -113,6 +124,16 @@ fn every_rule_of_the_kernel_and_of_the_proxy_is_known() {
         "ech",
         "not_tls",
         "host_mismatch",
+        "protocol_not_allowed",
+        "address_not_allowed",
+        "dns_malformed",
+        "dns_type_not_allowed",
+        "dns_class_not_allowed",
+        "dns_rate",
+        "dns_names_per_execution",
+        "disputed",
+        "kernel_refused",
+        "no_resolver",
     ] {
         let explanation = explain(&denied(rule, "a.example", 443), None);
         assert!(!explanation.change.as_ref().unwrap().what.contains("does not know"), "{explanation:?}");
