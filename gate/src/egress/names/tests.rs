@@ -244,6 +244,8 @@ async fn what_the_profile_has_not_is_refused_with_the_id_of_the_record() {
         ("0x7f000001", "address_literal"),
         ("1.2.3.999", "invalid_name"),
         ("xn--a.example.com", "invalid_name"),
+        // An A-label of plain letters is no other spelling of them.
+        ("example.xn--com-", "invalid_name"),
         ("exa mple.com", "invalid_name"),
         ("a%2e.example.com", "invalid_name"),
         ("\u{fc}.example.com", "invalid_name"),
@@ -268,9 +270,9 @@ async fn what_the_profile_has_not_is_refused_with_the_id_of_the_record() {
     }
     assert!(lock(&one.told.calls).is_empty());
     let closed = one.names.close().await;
-    assert_eq!(closed.flows.len(), 16);
+    assert_eq!(closed.flows.len(), 17);
     assert!(closed.flows.iter().all(|flow| flow.connections == 2));
-    assert_eq!(closed.counts.refused, 32);
+    assert_eq!(closed.counts.refused, 34);
 }
 
 #[tokio::test]
