@@ -268,6 +268,7 @@ async fn helper_enforced() {
     let bpffs = std::env::temp_dir().join(&instance);
     std::fs::create_dir_all(&bpffs).unwrap();
     let enforcer = Enforcer::start(KernelConfig {
+        resolver: None,
         instance,
         actions: tree.actions().to_owned(),
         gate: tree.gate().to_owned(),

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::egress::LeafId;
-use crate::egress::flow::{End, Protocol};
+use crate::egress::flow::{DecidedBy, End, Protocol};
 
 fn record(action: Option<&str>, name: &str, verdict: Verdict) -> Arc<FlowRecord> {
     Arc::new(FlowRecord {
@@ -16,7 +16,12 @@ fn record(action: Option<&str>, name: &str, verdict: Verdict) -> Arc<FlowRecord>
         address: None,
         port: Some(443),
         protocol: Some(Protocol::Connect),
+        sni: None,
+        name_verified: None,
+        carried: false,
+        opaque: false,
         verdict,
+        decided_by: DecidedBy::Proxy,
         rule: "profile".to_owned(),
         end: End::Closed,
         error: None,

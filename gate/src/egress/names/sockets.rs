@@ -22,14 +22,19 @@ impl Slots {
     /// # Errors
     /// When there are no such ports.
     pub fn bind() -> io::Result<Self> {
-        let v4 = in_a_row(Ipv4Addr::LOCALHOST.into())?;
-        let v6 = match in_a_row(Ipv6Addr::LOCALHOST.into()) {
-            Ok(sockets) => sockets,
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Err(error),
-            // No IPv6 on this machine.
-            Err(_) => Vec::new(),
-        };
-        Ok(Self { v4, v6 })
+        let mut outcome = io::Error::from(io::ErrorKind::AddrInUse);
+        for _ in 0..TRIES {
+            let v4 = in_a_row(Ipv4Addr::LOCALHOST.into(), 0)?;
+            let base = v4.first().ok_or(io::ErrorKind::NotFound)?.local_addr()?.port();
+            // The same ports in both families: a namespace of an execution's own has one base for its sockets.
+            match in_a_row(Ipv6Addr::LOCALHOST.into(), base) {
+                Ok(v6) => return Ok(Self { v4, v6 }),
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => outcome = error,
+                // No IPv6 on this machine.
+                Err(_) => return Ok(Self { v4, v6: Vec::new() }),
+            }
+        }
+        Err(outcome)
     }
 
     /// The first slot of IPv4.
@@ -60,10 +65,11 @@ impl Slots {
     }
 }
 
-fn in_a_row(address: IpAddr) -> io::Result<Vec<UdpSocket>> {
+/// From `base` on; anywhere when it is 0.
+fn in_a_row(address: IpAddr, base: u16) -> io::Result<Vec<UdpSocket>> {
     let mut outcome = io::Error::from(io::ErrorKind::AddrInUse);
-    for _ in 0..TRIES {
-        let first = UdpSocket::bind((address, 0))?;
+    for _ in 0..if base == 0 { TRIES } else { 1 } {
+        let first = UdpSocket::bind((address, base))?;
         let base = first.local_addr()?.port();
         let Some(last) = base.checked_add(SLOTS - 1) else { continue };
         let others = (base + 1..=last).map(|port| UdpSocket::bind((address, port))).collect::<io::Result<Vec<_>>>();
@@ -92,6 +98,7 @@ mod tests {
         // The wildcard is no way in either.
         taken(Ipv4Addr::UNSPECIFIED.into(), v4.port());
         if let Some(v6) = v6 {
+            assert_eq!(v6.port(), v4.port());
             taken(Ipv6Addr::LOCALHOST.into(), v6.port());
         }
         let sockets = slots.into_sockets();
