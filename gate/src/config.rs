@@ -161,6 +161,9 @@ pub struct Egress {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sandbox {
+    /// `isolated`: each execution in a network namespace of its own, in which the gate listens. `shared`: the gate's own;
+    /// the kernel program is then the only wall. Isolated where it can be had, when absent.
+    pub network: Option<NetworkMode>,
     /// The v2 cgroup to work under; found when absent.
     pub cgroup: Option<PathBuf>,
     /// Executions get a uid each from `uid_base` up.
@@ -173,6 +176,13 @@ pub struct Sandbox {
     pub max_concurrent: usize,
     /// Calls that may wait their turn; one more is 429 `rate_limited`.
     pub max_waiting: usize,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkMode {
+    Isolated,
+    Shared,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -237,6 +247,7 @@ impl Default for Egress {
 impl Default for Sandbox {
     fn default() -> Self {
         Self {
+            network: None,
             cgroup: None,
             uid_base: 0x4c47_0000,
             uid_count: 4096,

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::Ipv4Addr;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,17 +17,18 @@ use crate::action::registry::{AddedDomains, Registry, Source};
 use crate::auth::Authenticator;
 use crate::auth::lease::{Issuer, LeaseKeys};
 use crate::auth::operator::{Operator, Operators};
-use crate::config::Config;
+use crate::config::{Config, NetworkMode};
 use crate::egress::address::AllowAddresses;
 use crate::egress::flows::Flows;
 use crate::egress::kernel::{self, Enforcer, KernelConfig};
 use crate::egress::proxy::{self, Proxy, ProxyConfig};
 use crate::egress::refusals::Refusals;
-use crate::egress::{Attribution, Caller};
+use crate::egress::names::{self, DnsServer, Reach, ReachError, Slots};
+use crate::egress::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey, LeafId};
 use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
-use crate::sandbox::{CgroupTree, Runner, RunnerConfig};
+use crate::sandbox::{CgroupTree, Network, Runner, RunnerConfig};
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
 use crate::time::Timestamp;
@@ -49,6 +51,10 @@ pub struct Gate {
     pub refusals: Refusals,
     pub flows: Flows,
     pub proxy: Proxy,
+    /// The resolver that sandboxes see.
+    pub dns: DnsServer,
+    /// Where executions run: a namespace of their own each, or the gate's.
+    pub network: Network,
     pub metrics: Metrics,
     /// Executions at the same time.
     pub places: Semaphore,
@@ -87,6 +93,19 @@ struct Later(OnceLock<Arc<Enforcer>>);
 impl Attribution for Later {
     fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
         self.0.get()?.caller(accepted)
+    }
+}
+
+impl DatagramAttribution for Later {
+    fn asker(&self, query: &DatagramKey) -> Option<Asker> {
+        self.0.get()?.asker(query)
+    }
+}
+
+impl Reach for Later {
+    fn reach(&self, leaf: LeafId, address: Ipv4Addr, ports: &[u16]) -> Result<(), ReachError> {
+        let enforcer = self.0.get().ok_or_else(|| ReachError("the kernel program is not there yet".to_owned()))?;
+        enforcer.reach(leaf, (address.into(), 32), ports).map_err(|error| ReachError(error.to_string()))
     }
 }
 
@@ -166,13 +185,22 @@ impl Gate {
         let attribution = Arc::new(Later::default());
         let proxy = Proxy::start(proxy_config(&config)?, attribution.clone()).await.map_err(part("proxy"))?;
         let addresses = proxy.addresses();
+        let slots = Slots::bind().map_err(part("resolver"))?;
+        let v4_base = slots.v4_base().map_err(part("resolver"))?;
+        let resolver = kernel::ResolverAddresses {
+            v4_base,
+            v6_base: slots.v6_base().map_err(part("resolver"))?,
+            slots: names::SLOTS,
+        };
+        let dns = DnsServer::new(names::Limits::default(), attribution.clone());
+        dns.serve(slots.into_sockets(), attribution.clone()).map_err(part("resolver"))?;
         let kernel_config = KernelConfig {
             instance: config.instance.clone(),
             actions: cgroups.actions().to_owned(),
             gate: cgroups.gate().to_owned(),
             bpffs: config.egress.bpffs.clone(),
             proxy: kernel::ProxyAddresses { v4: addresses.v4, v6: addresses.v6 },
-            resolver: None,
+            resolver: Some(resolver),
         };
         let enforcer = tokio::task::spawn_blocking(move || Enforcer::start(kernel_config))
             .await
@@ -182,6 +210,27 @@ impl Gate {
         let _ = attribution.0.set(Arc::clone(&enforcer));
         let flows = Flows::default();
         tokio::spawn(flows.clone().collect(proxy.flows()));
+        tokio::spawn(flows.clone().collect(dns.flows()));
+        let network = match config.sandbox.network {
+            Some(NetworkMode::Shared) => Network::Shared,
+            wanted => {
+                let leaf = cgroups.leaf().map_err(part("cgroups"))?;
+                let can = runner.can_isolate(&leaf).await;
+                let _ = leaf.remove();
+                match (can, wanted) {
+                    (Ok(()), _) => Network::Isolated {
+                        tcp_port: addresses.v4.port(),
+                        udp_base: Some(v4_base.port()),
+                        udp_slots: names::SLOTS,
+                    },
+                    (Err(error), Some(_)) => return Err(part("sandbox.network = isolated")(error)),
+                    (Err(error), None) => {
+                        tracing::warn!(%error, "no network namespaces here: the kernel program is the only wall");
+                        Network::Shared
+                    }
+                }
+            }
+        };
         let refusals = Refusals::new(flows.clone());
         tokio::spawn(refusals.clone().collect(enforcer.events()));
 
@@ -202,6 +251,8 @@ impl Gate {
             refusals,
             flows,
             proxy,
+            dns,
+            network,
             metrics: Metrics::default(),
             draining: AtomicBool::new(false),
             running: AtomicUsize::new(0),

@@ -2,6 +2,7 @@
 //! that leaves no moment open (kill → the proxy notes → the entry goes → counters → the leaf goes).
 
 mod interpret;
+mod services;
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,14 +16,14 @@ use crate::action::manifest::{Command, Prepared, RootFilesystem};
 use crate::egress::LeafId;
 use crate::egress::flow::{FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
-use crate::egress::kernel::{KernelCounts, KernelProfile};
-use crate::egress::profile::Profile;
-use crate::egress::proxy::Session;
+use crate::egress::kernel::KernelCounts;
+use crate::egress::profile::EntryProtocol;
+use crate::pipeline::dispatch::services::Services;
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
 use crate::pipeline::grant::Grant;
-use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Network, Program, Root, SandboxError, SealedFile};
+use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SandboxError, SealedFile};
 use crate::time::Timestamp;
 
 /// What a kernel entry lives beyond its action's own time: starting the sandbox, and ending it.
@@ -181,40 +182,28 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
         workspace: gate.config.workspace.clone(),
     };
     gate.refusals.expect(leaf.id(), owner.clone());
-    let session = gate.proxy.open(
-        leaf.id(),
-        Session {
-            execution_id: owner.execution_id,
-            action_id: owner.action_id,
-            principal: owner.principal,
-            workspace: owner.workspace,
-            profile: Arc::new(decision.profile().clone()),
-            names: None,
-            dns: None,
-        },
-    );
-    if let Prepared::Http(_) = decision.call().prepared() {
-        // The worker makes one connection: what the proxy decides about it is decided about the call.
-        session.decide_first_as(&ids.decision_id);
-    }
-    let profile = match decision.profile() {
-        Profile::None => KernelProfile::None,
-        Profile::Allowlist(_) => KernelProfile::ProxyOnly,
-    };
+    // The worker makes one connection: what the proxy decides about it is decided about the call.
+    let is_http = matches!(decision.call().prepared(), Prepared::Http(_));
+    let first_decision = is_http.then(|| ids.decision_id.clone());
+    let mut services = Services::open(gate, leaf.id(), owner, decision.profile(), first_decision);
     // A program that was detached since the start would hold nothing: then nothing runs.
     let held = || gate.enforcer.health();
-    let admitted = held().and_then(|()| gate.enforcer.admit(leaf.id(), profile, grant.deadline() + ENTRY_GRACE));
+    let deadline = grant.deadline() + ENTRY_GRACE;
+    let admitted = held().and_then(|()| services::admit(gate, leaf.id(), decision.profile(), deadline));
     let completed = match admitted {
         Err(error) => Err(NotCompleted::NotStarted(error.to_string())),
         Ok(()) => match job(gate, grant) {
             Err(message) => Err(NotCompleted::NotStarted(message)),
-            Ok(job) => gate.runner.run(leaf, job, gate.cancelled()).await.map_err(NotCompleted::from),
+            Ok(job) => {
+                let take = async |listeners| services.listen(listeners);
+                gate.runner.run_with(leaf, job, take, gate.cancelled()).await.map_err(NotCompleted::from)
+            }
         },
     };
     let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
     let doomed = leaf.clone();
     let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
-    egress.flows = session.close().await;
+    egress.flows = services.close().await;
     match gate.enforcer.retire(leaf.id()) {
         Ok(counts) => egress.counts = Some(counts),
         Err(error) => {
@@ -264,6 +253,13 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
             (program(gate, command, reaches), stdin.clone(), response_bytes)
         }
     };
+    // Only what the proxy looks into needs its certificates.
+    let ends_tls = grant
+        .decision()
+        .profile()
+        .entries()
+        .iter()
+        .any(|entry| entry.protocol() == EntryProtocol::Tls { terminate: true });
     Ok(Job {
         program,
         stdin,
@@ -275,8 +271,8 @@ fn job(gate: &Gate, grant: &Grant) -> Result<Job, String> {
             processes: gate.config.sandbox.max_processes,
             scratch_bytes: gate.config.sandbox.scratch_bytes,
         },
-        network: Network::Shared,
-        trust_pem: None,
+        network: gate.network,
+        trust_pem: ends_tls.then(|| gate.proxy.ca_pem().as_bytes().to_vec()),
     })
 }
 
