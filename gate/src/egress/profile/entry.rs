@@ -10,7 +10,7 @@ use crate::action::template::METHODS;
 
 /// The forms of entries that the contract has and that nothing holds an execution to yet. A manifest with one does not
 /// load. A form goes from here when what enforces it is there, and with that it loads.
-pub const NOT_ENFORCED: &[Form] = &[Form::Cidr, Form::Http, Form::Tcp, Form::Terminate, Form::Methods];
+pub const NOT_ENFORCED: &[Form] = &[];
 
 /// A form that an entry may have beside a name, ports and `exact`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

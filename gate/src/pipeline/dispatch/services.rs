@@ -7,11 +7,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::egress::flow::FlowRecord;
+use crate::egress::flows::Owner;
 use crate::egress::kernel::KernelProfile;
 use crate::egress::names::{Execution, Isolated, NameTable, OpenNames, OverTcp};
 use crate::egress::profile::Profile;
 use crate::egress::proxy::{DnsOverTcp, Duplex, Names, OpenSession, Session};
-use crate::egress::flows::Owner;
 use crate::egress::{LeafId, kernel};
 use crate::gate::Gate;
 use crate::sandbox::{NamespaceListeners, Network};
