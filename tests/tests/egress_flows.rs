@@ -102,7 +102,7 @@ fn one_decision_id_is_on_every_face_of_a_refusal() {
         [
             ("gate", "name_not_allowed", by_gate.as_str()),
             ("proxy", "address_not_public:loopback", &by_proxy),
-            ("hook", "not_the_proxy", &by_kernel)
+            ("hook", "not_in_profile", &by_kernel)
         ]
     );
     for flow in &all {

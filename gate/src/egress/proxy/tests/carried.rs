@@ -137,7 +137,7 @@ async fn an_address_is_reached_only_by_an_entry_that_names_its_network() {
     assert_eq!(exactly(&mut stream, 4).await, b"ping");
     let reached = origin.connections();
     assert_eq!(bench.connect("127.0.0.1:1").await.1.denied(), "port_not_allowed");
-    assert_eq!(bench.connect(&format!("128.0.0.1:{}", origin.port)).await.1.denied(), "address_literal");
+    assert_eq!(bench.connect(&format!("128.0.0.1:{}", origin.port)).await.1.denied(), "address_not_allowed");
     let records = session.close().await;
     let flow = records.iter().find(|flow| flow.carried).unwrap();
     assert_eq!((flow.name.as_deref(), flow.name_verified, flow.opaque), (Some("127.0.0.1"), None, true));
