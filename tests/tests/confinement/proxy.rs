@@ -26,6 +26,7 @@ fn two_calls_at_once_cannot_use_each_others_names() {
     const ROUNDS: u64 = 100;
     const CALLS: usize = 3;
     let script = "
+import time
 get(p['own'], '/held')
 began = time.time()
 wrong, decisions = [], []

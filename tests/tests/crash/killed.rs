@@ -94,6 +94,7 @@ impl Drop for Actor {
 
 /// Connects to a listener and to the proxy for as long as it lives, from two processes, one of them nobody's child.
 const HAMMERS: &str = "
+import time
 def hammer():
     while True:
         for address in (tuple(p['target']), ('127.0.0.1', PROXY)):
