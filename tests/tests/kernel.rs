@@ -240,6 +240,18 @@ fn two_gates_do_not_share_actions() {
     assert!(tree.enforcer().program_hash().starts_with("sha256:"));
 }
 
+/// A kernel whose verifier walks more paths than this one's must still come to an end: it gives up after a million.
+#[test]
+fn the_verifier_is_far_from_giving_up() {
+    let tree = Tree::attached("verifier");
+    // The programs have no names; those of other gates on this machine are no longer than these.
+    let walked = aya::programs::loaded_programs().flatten().filter_map(|program| program.verified_instruction_count());
+    let walked: Vec<_> = walked.collect();
+    assert!(walked.iter().any(|count| *count > 1_000), "{walked:?}");
+    assert!(walked.iter().all(|count| *count < 50_000), "{walked:?}");
+    drop(tree);
+}
+
 #[test]
 fn a_leaf_cannot_fill_the_map_of_flows_for_the_others() {
     let mut tree = Tree::attached("many");

@@ -395,7 +395,7 @@ fn a_namespace_of_its_own_is_told_by_its_cookie() {
     let resolver = inside.in_its_network(move || Resolver::bind_at(at).unwrap());
     let netns = super::tree::netns_cookie(&resolver.v4[0]);
     let nobodys = answering_at(&resolver, tree.enforcer(), Some(netns), || {
-        assert_eq!(inside.ask("ask-many 9 0"), format!("{} was not expected", said(&leaf, "9.9.0.1:53")));
+        assert!(inside.ask("ask-many 1 0").ends_with("was not expected"));
         assert_eq!(inside.ask(&format!("ask-many 30 {}", leaf.id.0)), "180");
     });
     assert_eq!(nobodys, 0);
