@@ -123,7 +123,7 @@ fn one_decision_id_is_on_every_face_of_a_refusal() {
         for (id, says) in [
             (&by_gate, ["GET over https of elsewhere.test:443", "{domain: elsewhere.test, ports: [443], exact: true}"]),
             (&by_proxy, ["http to inside.test:80", "allow_addresses"]),
-            (&by_kernel, ["tcp (connect4) to 192.0.2.1:80", "HTTPS_PROXY"]),
+            (&by_kernel, ["tcp (connect4) to 192.0.2.1:80", "the profile of around has nothing at 192.0.2.1:80"]),
             (&receipt_id, ["tcp (connect4) to 192.0.2.1:80", &by_kernel]),
         ] {
             let told = explain(&gate, id);
