@@ -126,10 +126,16 @@ fn http(manifest: &Manifest, parsed: Option<Value>, flows: &[FlowRecord]) -> Int
     }
     let status = output.pointer("/data/status_code").and_then(Value::as_u64);
     let body = output.pointer("/data/body").map(Value::to_string).unwrap_or_default();
+    // The origin alone: path and query come from the params, which the record has by hash and which can be erased.
+    let origin = output
+        .pointer("/data/url")
+        .and_then(Value::as_str)
+        .and_then(|url| url::Url::parse(url).ok())
+        .map(|url| url.origin().ascii_serialization());
     let evidence = json!({
         "kind": "http_response",
         "status_code": status,
-        "url": output.pointer("/data/url"),
+        "origin": origin,
         "body_hash": hash::sha256_tagged(body.as_bytes()),
     });
     succeeded(manifest, output, vec![evidence])
@@ -161,5 +167,35 @@ fn succeeded(manifest: &Manifest, output: Value, effect_evidence: Vec<Value>) ->
         effect_evidence,
         egress_denied: None,
         dispatched: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::action::registry::{Registry, Source};
+
+    #[test]
+    fn what_the_params_said_is_in_no_evidence() {
+        let registry = Registry::load(&[Source::Embedded]).unwrap();
+        let data = json!({"status_code": 200, "headers": {}, "body": "{}", "url": "https://a.test:8443/people/alice?token=xyz"});
+        let completed = Completed {
+            exit: Exit::Code(0),
+            stdout: json!({"ok": true, "data": data}).to_string().into_bytes(),
+            stderr: Vec::new(),
+            stderr_truncated: false,
+            duration: Duration::from_millis(1),
+            module_digest: "sha256:0".to_owned(),
+        };
+        let meaning = interpret(registry.action("http_fetch").unwrap(), &completed, &[]);
+        assert_eq!(meaning.effect_evidence[0]["origin"], "https://a.test:8443");
+        let text = serde_json::to_string(&meaning.effect_evidence).unwrap();
+        assert!(!text.contains("alice") && !text.contains("xyz"), "{text}");
+        assert_eq!(
+            meaning.output["data"]["url"], "https://a.test:8443/people/alice?token=xyz",
+            "the agent has it whole"
+        );
     }
 }
