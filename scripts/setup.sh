@@ -25,6 +25,12 @@ if [ "$purpose" = test ]; then
     dpkg -s rust-web-src >/dev/null 2>&1 || packages+=(rust-web-src)
     want ip iproute2
     want openssl openssl
+    want setpriv util-linux
+    # Sandboxes see the system's programs at their own paths, whatever else PATH has.
+    [ -x /usr/bin/python3 ] || packages+=(python3)
+    [ -x /usr/bin/curl ] || packages+=(curl)
+    [ -x /usr/bin/git ] || packages+=(git)
+    [ -x /usr/bin/node ] || packages+=(nodejs)
 fi
 if [ ${#packages[@]} -gt 0 ]; then
     echo "setup: installing ${packages[*]}"

@@ -84,6 +84,8 @@ fn clients(url: &str) -> Vec<(&'static str, Vec<String>)> {
             "process.env.NODE_TLS_REJECT_UNAUTHORIZED = '0'; fetch('{url}').then(r => r.text()).then(t => console.log(t), e => {{ console.error(e.cause || e); process.exit(1); }})"
         );
         clients.push(("node fetch", owned(&["/usr/bin/node", "-e", &node])));
+    } else {
+        latchgate_tests::skip("/usr/bin/node is not installed");
     }
     clients
 }

@@ -187,5 +187,8 @@ async fn host_programs_run() {
     if Path::new("/usr/bin/python3").exists() {
         let script = "import ssl, json, multiprocessing, socket, threading; t = threading.Thread(target=print, args=('thread',)); t.start(); t.join(); multiprocessing.Lock()";
         assert_eq!(output(command(&["/usr/bin/python3", "-c", script])).await, "thread\n");
+    } else {
+        assert!(std::env::var_os("CI").is_none(), "skipped in CI: no /usr/bin/python3");
+        eprintln!("SKIPPED: no /usr/bin/python3");
     }
 }

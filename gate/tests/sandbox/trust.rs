@@ -88,6 +88,10 @@ async fn clients_believe_it_with_no_setting() {
     ] {
         if Path::new(path).exists() {
             clients.push((path, job));
+        } else {
+            // Debian's own package of requests is more than these suites install.
+            assert!(std::env::var_os("CI").is_none() || path.ends_with("/requests"), "skipped in CI: no {path}");
+            eprintln!("SKIPPED: no {path}");
         }
     }
     for (client, mut job) in clients {
