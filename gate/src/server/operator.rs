@@ -148,5 +148,7 @@ fn status(gate: &Gate) -> serde_json::Value {
         "program_hash": gate.enforcer.program_hash(),
         "actions": gate.registry.actions().count(),
         "running": gate.running(),
+        // Where no namespace could be had, the start went on with one wall: here it shows.
+        "network": if gate.network == crate::sandbox::Network::Shared { "shared" } else { "isolated" },
     })
 }
