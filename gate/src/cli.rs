@@ -4,6 +4,7 @@ mod actions;
 mod client;
 mod egress;
 mod receipts;
+mod selftest;
 mod serve;
 mod status;
 mod up;

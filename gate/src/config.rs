@@ -156,6 +156,19 @@ pub struct Egress {
     pub max_connections_per_execution: usize,
     /// Payload bytes, both ways together, that one execution may move.
     pub max_bytes_per_execution: u64,
+    /// When the self-test runs. It runs whenever an operator asks, too.
+    pub selftest: SelftestMode,
+    /// Serve without a self-test. `/readyz` then says `degraded`.
+    pub unsafe_skip_selftest: bool,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum SelftestMode {
+    /// At each start.
+    Start,
+    /// At a start for which the ledger has no signed result of the same boot, kernel, programs and configuration.
+    Cached,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -240,6 +253,8 @@ impl Default for Egress {
             dns_servers: Vec::new(),
             max_connections_per_execution: 64,
             max_bytes_per_execution: 1 << 30,
+            selftest: SelftestMode::Start,
+            unsafe_skip_selftest: false,
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::Ver
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
 use crate::sandbox::{CgroupTree, Network, Runner, RunnerConfig};
+use crate::selftest::Selftest;
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
 use crate::time::Timestamp;
@@ -55,6 +56,8 @@ pub struct Gate {
     pub dns: DnsServer,
     /// Where executions run: a namespace of their own each, or the gate's.
     pub network: Network,
+    /// Whether the gate has tried itself, and what came of it.
+    pub selftest: Selftest,
     pub metrics: Metrics,
     /// Executions at the same time.
     pub places: Semaphore,
@@ -231,6 +234,7 @@ impl Gate {
                 }
             }
         };
+        let selftest = Selftest::new(&config);
         let refusals = Refusals::new(flows.clone());
         tokio::spawn(refusals.clone().collect(enforcer.events()));
 
@@ -253,6 +257,7 @@ impl Gate {
             proxy,
             dns,
             network,
+            selftest,
             metrics: Metrics::default(),
             draining: AtomicBool::new(false),
             running: AtomicUsize::new(0),
@@ -285,7 +290,7 @@ impl Gate {
             return Readiness::NotReady("the ledger has stopped: nothing can be recorded, so nothing runs".to_owned());
         }
         match self.enforcer.health() {
-            Ok(()) => Readiness::Ready,
+            Ok(()) => self.selftest.readiness(),
             Err(error) => {
                 tracing::error!(%error, "the kernel program does not hold");
                 Readiness::NotReady("the kernel program does not hold".to_owned())

@@ -266,6 +266,21 @@ impl Ledger {
         journal::events(&reader, filter)
     }
 
+    /// The newest event of a type, if its signature is good: what it says was said by a gate that has this one's keys.
+    ///
+    /// # Errors
+    /// When the ledger cannot be read.
+    pub fn signed_event(&self, event_type: &str) -> Result<Option<Value>, LedgerError> {
+        let filter = EventFilter { event_type: Some(event_type.to_owned()), limit: Some(1), ..EventFilter::default() };
+        let newest = self.events(&filter)?.into_iter().next();
+        Ok(newest.filter(|event| {
+            event.as_object().is_some_and(|record| {
+                let status = record::signature_status(record, record::Kind::Event, self.keys.public());
+                status == SignatureStatus::Valid
+            })
+        }))
+    }
+
     /// Records that hold this text, the newest first; from another connection, so that nobody waits for a long look.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ pub mod pipeline;
 pub mod policy;
 pub mod privileges;
 pub mod sandbox;
+pub mod selftest;
 pub mod server;
 pub mod store;
 pub mod time;

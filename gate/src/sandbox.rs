@@ -20,6 +20,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub mod attempts;
 pub mod cgroup;
 mod namespace;
 mod protocol;
@@ -79,6 +80,9 @@ pub enum Program {
         files: Vec<SealedFile>,
         root: Root,
     },
+    /// The self-test's attempts ([`attempts`]), of the gate's own binary, confined as a command is. Standard input has
+    /// the [`attempts::Order`].
+    Attempts,
 }
 
 /// A file that must have exactly these contents.

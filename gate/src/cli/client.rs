@@ -40,20 +40,29 @@ pub(super) fn default_state_dir() -> PathBuf {
 impl OperatorArguments {
     /// `GET path`, with a proof.
     pub(crate) fn get(&self, path: &str) -> Result<Value, Failure> {
+        self.ask("GET", path)
+    }
+
+    /// `POST path` without a body, with a proof.
+    pub(crate) fn post(&self, path: &str) -> Result<Value, Failure> {
+        self.ask("POST", path)
+    }
+
+    fn ask(&self, method: &str, path: &str) -> Result<Value, Failure> {
         let socket =
             self.socket.clone().unwrap_or_else(|| up::default_operator_socket(rustix::process::geteuid().as_raw()));
         let key_path = self.key.clone().unwrap_or_else(|| up::operator_key_path(&default_state_dir()));
         let key = OperatorKeyFile::load(&key_path).map_err(Failure::new)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
         runtime.block_on(async {
-            tokio::time::timeout(PATIENCE, get(&socket, &key, path))
+            tokio::time::timeout(PATIENCE, ask(&socket, &key, method, path))
                 .await
                 .map_err(|_| Failure::new(format!("{}: no answer in {} s", socket.display(), PATIENCE.as_secs())))?
         })
     }
 }
 
-async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, Failure> {
+async fn ask(socket: &Path, key: &OperatorKeyFile, method: &str, path: &str) -> Result<Value, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(format!("{}: {error}", socket.display()));
     let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| failed(&error))?;
     let (mut sender, connection) =
@@ -61,8 +70,10 @@ async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, 
     let connection = tokio::spawn(connection);
     // RFC 9449 §4.2: `htu` is without query and fragment.
     let url = format!("{BASE}{}", path.split('?').next().unwrap_or(path));
-    let (authorization, proof) = key.headers("GET", &url, Timestamp::now());
-    let request = Request::get(path)
+    let (authorization, proof) = key.headers(method, &url, Timestamp::now());
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
         .header(header::HOST, "latchgate-operator")
         .header(header::AUTHORIZATION, authorization.as_str())
         .header("dpop", proof)

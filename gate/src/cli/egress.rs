@@ -29,6 +29,10 @@ pub(crate) enum Command {
     #[command(after_help = "Example: latchgate egress explain 0199a1b2-…\n\nThe id is the `decision_id` of a refusal \
         (403 body, proxy answer, DNS text, flow), or that of a receipt or an execution.")]
     Explain(Explain),
+    /// Try every way out of a sandbox of the running gate: a table on a terminal, JSON in a pipe.
+    #[command(after_help = "Example: latchgate egress selftest\n\nExit code 0 only when nothing gets out and \
+        nothing is inconclusive. The result is signed into the ledger; until it is good, the gate is not ready.")]
+    Selftest(super::selftest::Arguments),
 }
 
 #[derive(Debug, Args)]
@@ -105,6 +109,7 @@ pub(crate) fn run(command: &Command) -> Result<(), Failure> {
         Command::Flows(flows) => run_flows(flows),
         Command::Profiles(profiles) => run_profiles(profiles),
         Command::Explain(explain) => run_explain(explain),
+        Command::Selftest(arguments) => super::selftest::run(arguments),
     }
 }
 
@@ -221,7 +226,7 @@ fn row(flow: &Value) -> String {
 }
 
 /// What a terminal may be sent: names come from whoever asked for them.
-fn plain(text: &str) -> String {
+pub(super) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

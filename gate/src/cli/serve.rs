@@ -11,7 +11,9 @@ use tokio::sync::watch;
 use super::Failure;
 use crate::config::Config;
 use crate::gate::Gate;
+use crate::gate::Readiness;
 use crate::privileges;
+use crate::selftest;
 use crate::server::{self, ConnectionLimits, listen};
 
 /// How long ending what runs may take, and how long the last answers may take to be read.
@@ -56,6 +58,7 @@ pub(super) fn check_privileges() -> Result<(), Failure> {
 async fn serve(config: Config) -> Result<(), Failure> {
     let began = Instant::now();
     let gate = Arc::new(Gate::build(config).await.map_err(Failure::new)?);
+    selftest::at_start(&gate).await;
     let (stop, stopping) = watch::channel(false);
     let limits = ConnectionLimits {
         max_connections: gate.config.limits.max_connections,
@@ -87,7 +90,13 @@ async fn serve(config: Config) -> Result<(), Failure> {
             async move { answer }
         }));
     }
-    tracing::info!(took_ms = began.elapsed().as_millis() as u64, "ready");
+    let took_ms = began.elapsed().as_millis() as u64;
+    match gate.readiness() {
+        Readiness::Ready => tracing::info!(took_ms, "ready"),
+        Readiness::Degraded(reason) => tracing::warn!(took_ms, reason, "ready, but degraded"),
+        // It serves: an operator can see why, and have it tried again.
+        Readiness::NotReady(reason) => tracing::error!(took_ms, reason, "serving, but not ready"),
+    }
     told_to_stop.await;
     gate.drain();
     tracing::info!(running = gate.running(), "draining");

@@ -257,6 +257,10 @@ impl Flows {
     }
 
     pub fn note(&self, noted: Noted) {
+        // What the gate tries at itself is in the ledger, as one result.
+        if noted.action_id() == Some(crate::pipeline::dispatch::attempts::ACTION_ID) {
+            return;
+        }
         let number = {
             let mut books = self.books();
             books.newest = books.newest.saturating_add(1);

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, broadcast};
 use super::LeafId;
 use super::flows::{Flows, KernelRefusal, Noted, Owner};
 use super::kernel::KernelEvent;
+use crate::pipeline::dispatch::attempts::ACTION_ID;
 
 /// Refusals of one leaf that are listed one by one; the kernel's counts stand for the rest.
 const KEPT_PER_LEAF: usize = 256;
@@ -90,7 +91,20 @@ impl Refusals {
     }
 
     fn note(&self, event: KernelEvent) {
-        let refusal = match self.leaves().get_mut(&event.leaf) {
+        let mut leaves = self.leaves();
+        let of_leaf = leaves.get_mut(&event.leaf);
+        if of_leaf.as_ref().is_none_or(|of_leaf| of_leaf.owner.action_id != ACTION_ID) {
+            tracing::info!(
+                leaf = event.leaf.0,
+                hook = event.hook,
+                reason = event.reason,
+                protocol = event.protocol,
+                address = ?event.address,
+                port = event.port,
+                "refused by the kernel"
+            );
+        }
+        let refusal = match of_leaf {
             None => Some(Arc::new(KernelRefusal::new(event, None))),
             Some(of_leaf) => {
                 of_leaf.seen += 1;
@@ -101,6 +115,7 @@ impl Refusals {
                 })
             }
         };
+        drop(leaves);
         if let Some(refusal) = refusal {
             self.0.flows.note(Noted::Kernel(refusal));
         }

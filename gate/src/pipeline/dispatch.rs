@@ -1,6 +1,7 @@
 //! The one place that starts a sandbox: a leaf, a kernel entry, a proxy session, a process; and their end, in the order
 //! that leaves no moment open (kill → the proxy notes → the entry goes → counters → the leaf goes).
 
+pub mod attempts;
 mod interpret;
 mod services;
 
@@ -17,7 +18,7 @@ use crate::egress::LeafId;
 use crate::egress::flow::{FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
 use crate::egress::kernel::KernelCounts;
-use crate::egress::profile::EntryProtocol;
+use crate::egress::profile::{EntryProtocol, Profile};
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
@@ -141,6 +142,9 @@ type Ran = (Result<Completed, NotCompleted>, EgressEvidence);
 
 async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> Ran {
     let not_started = |message: String| (Err(NotCompleted::NotStarted(message)), EgressEvidence::default());
+    if gate.selftest.holds_back() {
+        return not_started("the gate's self-test has not passed".to_owned());
+    }
     // Waiting for a place is bounded by the grant: a call that is too late is not started.
     let place = match tokio::time::timeout(grant.deadline(), gate.places.acquire()).await {
         Ok(Ok(place)) => place,
@@ -170,33 +174,55 @@ impl Drop for Traces<'_> {
     }
 }
 
-/// From here on every exit goes through the end of the leaf.
 async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
     let decision = grant.decision();
-    let manifest = decision.call().manifest();
-    let traces = Traces { gate, leaf: leaf.id() };
-    let owner = Owner {
-        execution_id: grant.grant_id().to_owned(),
-        action_id: manifest.action_id.clone(),
-        principal: grant.principal().to_owned(),
-        workspace: gate.config.workspace.clone(),
-    };
-    gate.refusals.expect(leaf.id(), owner.clone());
     // The worker makes one connection: what the proxy decides about it is decided about the call.
     let is_http = matches!(decision.call().prepared(), Prepared::Http(_));
-    let first_decision = is_http.then(|| ids.decision_id.clone());
-    let mut services = Services::open(gate, leaf.id(), owner, decision.profile(), first_decision);
+    let held = Held {
+        owner: Owner {
+            execution_id: grant.grant_id().to_owned(),
+            action_id: decision.call().manifest().action_id.clone(),
+            principal: grant.principal().to_owned(),
+            workspace: gate.config.workspace.clone(),
+        },
+        profile: decision.profile(),
+        time: grant.deadline(),
+        first_decision: is_http.then(|| ids.decision_id.clone()),
+        decision_id: &ids.decision_id,
+    };
+    hold(gate, leaf, held, || job(gate, grant), gate.cancelled()).await
+}
+
+/// Whose a leaf is, and what holds it.
+struct Held<'a> {
+    owner: Owner,
+    profile: &'a Profile,
+    time: Duration,
+    first_decision: Option<String>,
+    decision_id: &'a str,
+}
+
+/// From here on every exit goes through the end of the leaf.
+async fn hold(
+    gate: &Gate,
+    leaf: &Leaf,
+    Held { owner, profile, time, first_decision, decision_id }: Held<'_>,
+    job: impl FnOnce() -> Result<Job, String>,
+    cancelled: impl Future<Output = ()>,
+) -> Ran {
+    let traces = Traces { gate, leaf: leaf.id() };
+    gate.refusals.expect(leaf.id(), owner.clone());
+    let mut services = Services::open(gate, leaf.id(), owner, profile, first_decision);
     // A program that was detached since the start would hold nothing: then nothing runs.
     let held = || gate.enforcer.health();
-    let deadline = grant.deadline() + ENTRY_GRACE;
-    let admitted = held().and_then(|()| services::admit(gate, leaf.id(), decision.profile(), deadline));
+    let admitted = held().and_then(|()| services::admit(gate, leaf.id(), profile, time + ENTRY_GRACE));
     let completed = match admitted {
         Err(error) => Err(NotCompleted::NotStarted(error.to_string())),
-        Ok(()) => match job(gate, grant) {
+        Ok(()) => match job() {
             Err(message) => Err(NotCompleted::NotStarted(message)),
             Ok(job) => {
                 let take = async |listeners| services.listen(listeners);
-                gate.runner.run_with(leaf, job, take, gate.cancelled()).await.map_err(NotCompleted::from)
+                gate.runner.run_with(leaf, job, take, cancelled).await.map_err(NotCompleted::from)
             }
         },
     };
@@ -207,7 +233,7 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
     match gate.enforcer.retire(leaf.id()) {
         Ok(counts) => egress.counts = Some(counts),
         Err(error) => {
-            tracing::error!(%error, decision_id = ids.decision_id, "the kernel's counts are lost");
+            tracing::error!(%error, decision_id, "the kernel's counts are lost");
             egress.incomplete = true;
         }
     }
@@ -224,7 +250,7 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
     };
     if let Err(error) = removed {
         // No entry: what is left in it reaches nothing. The next start sweeps it.
-        tracing::error!(%error, decision_id = ids.decision_id, "a leaf is left behind");
+        tracing::error!(%error, decision_id, "a leaf is left behind");
     }
     (completed, egress)
 }

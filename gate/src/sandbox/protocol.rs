@@ -39,6 +39,15 @@ pub enum Root {
 pub enum Entry {
     HttpWorker,
     Command { argv: Vec<String>, env: Vec<(String, String)> },
+    /// The self-test's attempts, confined as a command is.
+    Attempts,
+}
+
+impl Entry {
+    /// Whether it has a root with programs in it, and a scratch directory.
+    pub const fn has_directories(&self) -> bool {
+        !matches!(self, Self::HttpWorker)
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -268,7 +268,7 @@ async fn execute(
     let ports = Ports::of(network)?;
     let mut uid = Uid::take(inner)?;
     let prepared = match program {
-        Program::HttpWorker => prepare(inner, program, None)?,
+        Program::HttpWorker | Program::Attempts => prepare(inner, program, None)?,
         Program::Command { .. } => {
             let inner = Arc::clone(inner);
             tokio::task::spawn_blocking(move || prepare(&inner, program, trust_pem))

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::process::ExitCode;
 
+use super::attempts;
 use super::protocol::INIT_NAME;
 
 mod confine;
@@ -12,7 +13,15 @@ pub(super) mod root;
 mod seccomp;
 
 /// The first call of `main`, before the runtime: runs a sandbox's first process if that is what this process was made
-/// for, and says what to exit with. `None` in every other process.
+/// for, or its part of the self-test, and says what to exit with. `None` in every other process.
 pub fn run_if_asked() -> Option<ExitCode> {
-    (std::env::args_os().next()?.as_os_str() == OsStr::new(INIT_NAME)).then(init::main)
+    let name = std::env::args_os().next()?;
+    let is = |known: &str| name.as_os_str() == OsStr::new(known);
+    if is(INIT_NAME) {
+        Some(init::main())
+    } else if is(attempts::CONTROL_NAME) {
+        Some(attempts::control_main())
+    } else {
+        is(attempts::VICTIM_NAME).then(attempts::victim_main)
+    }
 }

@@ -13,6 +13,7 @@ use crate::auth::operator::AuthenticatedOperator;
 use crate::gate::{Gate, Readiness};
 use crate::ledger::EventDraft;
 use crate::pipeline::{Ids, Refusal, Refused};
+use crate::selftest;
 use crate::time::Timestamp;
 
 /// Bases that an operator's proof may name.
@@ -26,6 +27,7 @@ enum Route<'a> {
     Profiles,
     Flows,
     Explain(&'a str),
+    Selftest,
     Metrics,
     Drain,
 }
@@ -38,6 +40,7 @@ impl<'a> Route<'a> {
             "/v1/audit/verify" => Self::AuditVerify,
             "/v1/egress/profiles" => Self::Profiles,
             "/v1/egress/flows" => Self::Flows,
+            "/v1/egress/selftest" => Self::Selftest,
             "/metrics" => Self::Metrics,
             "/v1/admin/drain" => Self::Drain,
             other => Self::Explain(other.strip_prefix("/v1/egress/explain/").filter(|id| egress::is_id(id))?),
@@ -47,6 +50,7 @@ impl<'a> Route<'a> {
     const fn allow(self) -> &'static str {
         match self {
             Self::Drain => "POST",
+            Self::Selftest => "GET, POST",
             _ => "GET",
         }
     }
@@ -60,7 +64,10 @@ pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
     let name = operator.as_ref().map(|operator| operator.name().to_owned()).ok();
     let answered = match operator {
         Err(cause) => Err(cause),
-        Ok(_) => route(&gate, &path, request.uri().query(), request.method().as_str()).await,
+        Ok(_) => {
+            let by = name.as_deref().unwrap_or_default();
+            route(&gate, &path, request.uri().query(), request.method().as_str(), by).await
+        },
     };
     let event = EventDraft {
         event_type: "operator_call".to_owned(),
@@ -103,9 +110,15 @@ fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<Authenticate
     })?)
 }
 
-async fn route(gate: &Arc<Gate>, path: &str, query: Option<&str>, method: &str) -> Result<Answer, Refusal> {
+async fn route(
+    gate: &Arc<Gate>,
+    path: &str,
+    query: Option<&str>,
+    method: &str,
+    by: &str,
+) -> Result<Answer, Refusal> {
     let route = Route::of(path).ok_or(Refusal::NotFound)?;
-    if method != route.allow() {
+    if !route.allow().split(", ").any(|allowed| allowed == method) {
         return Err(Refusal::MethodNotAllowed { allow: route.allow() });
     }
     let body = match route {
@@ -122,6 +135,16 @@ async fn route(gate: &Arc<Gate>, path: &str, query: Option<&str>, method: &str) 
         Route::Profiles => egress::profiles(gate),
         Route::Flows => egress::flows(gate, query.unwrap_or_default()).await?,
         Route::Explain(id) => egress::explain(gate, id).await?,
+        Route::Selftest => {
+            if method == "POST" {
+                // In a task of its own: an operator who hangs up does not leave it half-way.
+                let (gate, by) = (Arc::clone(gate), by.to_owned());
+                tokio::spawn(async move { selftest::run(&gate, &by).await })
+                    .await
+                    .map_err(|error| Refusal::Internal { message: error.to_string() })?;
+            }
+            gate.selftest.view()
+        }
         Route::Metrics => return Ok(gate.metrics.exposition()),
         Route::Drain => {
             gate.drain();
@@ -148,6 +171,7 @@ fn status(gate: &Gate) -> serde_json::Value {
         "program_hash": gate.enforcer.program_hash(),
         "actions": gate.registry.actions().count(),
         "running": gate.running(),
+        "selftest": gate.selftest.line(),
         // Where no namespace could be had, the start went on with one wall: here it shows.
         "network": if gate.network == crate::sandbox::Network::Shared { "shared" } else { "isolated" },
     })

@@ -32,6 +32,15 @@ pub fn prepare(inner: &Inner, program: Program, trust_pem: Option<Vec<u8>>) -> R
                 module_digest: inner.executable_digest.clone(),
             });
         }
+        Program::Attempts => {
+            return Ok(Prepared {
+                entry: Entry::Attempts,
+                root: Root::Host,
+                sealed: Vec::new(),
+                trust: false,
+                module_digest: inner.executable_digest.clone(),
+            });
+        }
         Program::Command { argv, env, files, root } => (argv, env, files, root),
     };
     let nul = |text: &String| text.contains('\0');

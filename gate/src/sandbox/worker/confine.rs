@@ -10,7 +10,7 @@ use landlock::{
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
-use super::super::protocol::{Entry, Spec, Stage};
+use super::super::protocol::{Spec, Stage};
 use super::init::{Failure, at};
 
 /// Not 0: a core that is piped to a handler outside is made in spite of 0, and is not for 1 (core(5), `fs/coredump.c`).
@@ -115,7 +115,7 @@ pub fn landlock(spec: &Spec) -> Result<(), Failure> {
             .scope(Scope::from_all(abi))?
             .create()?
             .add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::from_read(abi)))?;
-        if matches!(spec.entry, Entry::Command { .. }) {
+        if spec.entry.has_directories() {
             let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
             ruleset = ruleset
                 .add_rule(PathBeneath::new(PathFd::new("/tmp")?, AccessFs::from_all(abi)))?

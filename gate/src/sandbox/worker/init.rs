@@ -72,7 +72,7 @@ fn prepare(control: &mut File) -> Result<Spec, Failure> {
     Ok(spec)
 }
 
-/// Forks. The child comes back from here only if it is the HTTP worker; the parent never does.
+/// Forks. The child comes back from here only if it is an image of this binary; the parent never does.
 fn start(spec: &Spec, mut status: File) -> ExitCode {
     let prepared = match Command::prepare(&spec.entry) {
         Ok(prepared) => prepared,
@@ -89,7 +89,7 @@ fn start(spec: &Spec, mut status: File) -> ExitCode {
             match prepared {
                 None => {
                     drop(tell);
-                    worker(spec)
+                    if matches!(spec.entry, Entry::Attempts) { attempts(spec) } else { worker(spec) }
                 }
                 Some(command) => {
                     let error = command.become_program(spec, &tell);
@@ -120,6 +120,20 @@ fn worker(spec: &Spec) -> ExitCode {
         return ExitCode::FAILURE;
     }
     http::main()
+}
+
+/// The self-test's attempts are this image too, and have what a command has.
+fn attempts(spec: &Spec) -> ExitCode {
+    confine::fresh_signals();
+    if confine::program_limits(spec, true).is_err() {
+        return ExitCode::FAILURE;
+    }
+    // SAFETY: no arguments, as for a command; nothing here owns a descriptor above 2 any more, or touches it again.
+    unsafe {
+        libc::setsid();
+        libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32);
+    }
+    super::super::attempts::main()
 }
 
 /// A command with its strings made, and every place where it may be.

@@ -17,7 +17,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 
-use super::super::protocol::{Entry, Root, Spec, Stage};
+use super::super::protocol::{Root, Spec, Stage};
 use super::init::{Failure, at};
 
 /// Top-level names that the host root takes from the host; a link stays a link.
@@ -83,7 +83,7 @@ pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>) -> Result<(), Failure> 
     let root = tmpfs(bytes, ROOT_INODES, "0755", WRITABLE).map_err(at(Stage::Root, "tmpfs"))?;
     // On top of the host's root: it can be relied on to be a directory.
     attach(&root, CWD.as_fd(), "/").map_err(at(Stage::Root, "root"))?;
-    if matches!(spec.entry, Entry::Command { .. }) {
+    if spec.entry.has_directories() {
         match &spec.root {
             Root::Empty => {}
             Root::Host => host(root.as_fd(), spec.trust)?,
@@ -96,7 +96,7 @@ pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>) -> Result<(), Failure> 
         place(number, path, &copy).map_err(at(Stage::Sealed, path.display()))?;
     }
     set_attributes(root.as_fd(), "", READ_ONLY, 0, false).map_err(at(Stage::Root, "read-only"))?;
-    let start = if matches!(spec.entry, Entry::Command { .. }) { "/tmp" } else { "/" };
+    let start = if spec.entry.has_directories() { "/tmp" } else { "/" };
     rustix::process::chdir(start).map_err(at(Stage::Root, start))?;
     rustix::system::sethostname(b"sandbox").map_err(at(Stage::Root, "hostname"))
 }
