@@ -2,6 +2,7 @@
 
 mod actions;
 mod client;
+mod doctor;
 mod egress;
 mod receipts;
 mod selftest;
@@ -38,6 +39,10 @@ enum Command {
     /// What a running gate says of itself, asked on the operator socket.
     #[command(after_help = "Example: latchgate status --json")]
     Status(status::Arguments),
+    /// What this machine lacks for a gate, and what to do about it. Needs no running gate and no privilege.
+    #[command(after_help = "Example: latchgate doctor --config /etc/latchgate/latchgate.toml\n\nExit code 1 when \
+        something is missing without which a gate does not start or does not hold.")]
+    Doctor(doctor::Arguments),
     /// The actions that a gate would load.
     #[command(subcommand)]
     Actions(actions::Command),
@@ -74,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Up(arguments) => up::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Actions(command) => actions::run(&command),
         Command::Egress(command) => egress::run(&command),
         Command::Receipts(command) => receipts::run(&command),

@@ -8,7 +8,7 @@ pub struct Missing {
 }
 
 /// Capability numbers of `linux/capability.h`, and what the gate does with each.
-const CAPABILITIES: [(u32, &str, &str); 4] = [
+pub const CAPABILITIES: [(u32, &str, &str); 4] = [
     (6, "CAP_SETGID", "gives each execution a group of its own"),
     (7, "CAP_SETUID", "gives each execution a uid of its own"),
     (12, "CAP_NET_ADMIN", "attaches the program that holds executions to their profile"),

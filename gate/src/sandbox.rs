@@ -23,6 +23,7 @@ use std::time::Duration;
 pub mod attempts;
 pub mod cgroup;
 mod namespace;
+pub mod probe;
 mod protocol;
 mod runner;
 mod sealed;

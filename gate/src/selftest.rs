@@ -299,9 +299,7 @@ async fn once(gate: &Gate) -> Result<Vec<Finding>, SelftestError> {
     let outside = outside?;
     let isolated = gate.network != crate::sandbox::Network::Shared;
     let mut findings = Vec::new();
-    for (number, profile, order, ran) in
-        [(1, "none", &none, in_none), (2, "proxy_allowlist", &named, in_named)]
-    {
+    for (number, profile, order, ran) in [(1, "none", &none, in_none), (2, "proxy_allowlist", &named, in_named)] {
         let (said, evidence) = ran.map_err(|why| SelftestError::Leaf(profile, why))?;
         let seen: BTreeMap<String, Saw> =
             serde_json::from_slice(&said).map_err(|error| SelftestError::Leaf(profile, error.to_string()))?;
@@ -312,6 +310,7 @@ async fn once(gate: &Gate) -> Result<Vec<Finding>, SelftestError> {
                 heard: heard.contains(&(technique.name.to_owned(), number)),
                 port: order.targets.get(technique.name).map(std::net::SocketAddr::port),
                 refusals: &evidence.refusals,
+                flows: &evidence.flows,
                 isolated,
             };
             findings.push(judge(technique, there(technique), outside.get(technique.name), &inside));

@@ -20,16 +20,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let mut config = Config::load(arguments.config.as_deref(), std::env::vars()).map_err(Failure::new)?;
     serve::check_privileges()?;
-    let uid = rustix::process::geteuid().as_raw();
-    if uid != 0 && config.state_dir == Config::default().state_dir {
-        config.state_dir = user_state_dir(uid);
-    }
-    if config.listeners.is_empty() {
-        config.listeners = default_listeners(uid);
-    }
-    if config.operators.socket.is_none() {
-        config.operators.socket = Some(default_operator_socket(uid));
-    }
+    fill_in(&mut config);
     if config.operators.keys.is_empty() {
         files::private_directory(&config.state_dir).map_err(Failure::new)?;
         let file =
@@ -43,6 +34,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
     }
     config.check().map_err(Failure::new)?;
     serve::start(config)
+}
+
+/// The places of the user who asks, where the configuration names none.
+pub(super) fn fill_in(config: &mut Config) {
+    let uid = rustix::process::geteuid().as_raw();
+    if uid != 0 && config.state_dir == Config::default().state_dir {
+        config.state_dir = user_state_dir(uid);
+    }
+    if config.listeners.is_empty() {
+        config.listeners = default_listeners(uid);
+    }
+    if config.operators.socket.is_none() {
+        config.operators.socket = Some(default_operator_socket(uid));
+    }
 }
 
 /// Where `up` keeps the one operator key that it makes, and where the command line looks for it.

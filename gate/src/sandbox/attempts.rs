@@ -33,8 +33,8 @@ mod sys;
 mod tcp;
 mod udp;
 
-pub use control::{ControlError, Victim, outside, victim};
 pub(super) use control::{CONTROL_NAME, VICTIM_NAME, control_main, victim_main};
+pub use control::{ControlError, Victim, outside, victim};
 
 /// What is to be tried, and at what.
 #[derive(Clone, Debug, Serialize, Deserialize)]

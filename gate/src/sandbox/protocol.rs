@@ -38,7 +38,10 @@ pub enum Root {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Entry {
     HttpWorker,
-    Command { argv: Vec<String>, env: Vec<(String, String)> },
+    Command {
+        argv: Vec<String>,
+        env: Vec<(String, String)>,
+    },
     /// The self-test's attempts, confined as a command is.
     Attempts,
 }

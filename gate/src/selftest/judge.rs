@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::report::{Finding, Outcome};
+use crate::egress::flow::{DecidedBy, FlowRecord, Verdict};
 use crate::egress::flows::KernelRefusal;
 use crate::sandbox::attempts::{Answerer, Control, Guard, Saw, Technique};
 
@@ -18,6 +19,8 @@ pub struct Inside<'a> {
     pub port: Option<u16>,
     /// The kernel program's, of this leaf.
     pub refusals: &'a [Arc<KernelRefusal>],
+    /// The proxy's and the resolver's.
+    pub flows: &'a [FlowRecord],
     /// Whether the leaf is in a network namespace of its own.
     pub isolated: bool,
 }
@@ -51,7 +54,10 @@ pub fn judge(technique: &Technique, there: bool, outside: Option<&Saw>, inside: 
         return because(outcome, reason);
     }
     let event = event(technique, inside);
-    let record = event.map_or_else(|| "not_seen".to_owned(), |event| format!("{} {}", event.event.hook, event.event.reason));
+    let record = event
+        .map(|event| format!("{} {}", event.event.hook, event.event.reason))
+        .or_else(|| flow(technique, inside).map(|flow| format!("flow {}", flow.rule)))
+        .unwrap_or_else(|| "not_seen".to_owned());
     let refused = |by: Guard, at: Option<&str>, error: Option<String>| Finding {
         by: Some(name_of(by)),
         at: at.map(str::to_owned),
@@ -128,10 +134,20 @@ fn event<'a>(technique: &Technique, inside: &Inside<'a>) -> Option<&'a Arc<Kerne
     })
 }
 
+/// The record that a refusal by the proxy or the resolver leaves.
+fn flow<'a>(technique: &Technique, inside: &Inside<'a>) -> Option<&'a FlowRecord> {
+    let denied = inside.flows.iter().filter(|flow| flow.verdict == Verdict::Deny);
+    denied.into_iter().find(|flow| match technique.guard {
+        Guard::Proxy => flow.decided_by == DecidedBy::Proxy && flow.port == inside.port,
+        _ => technique.name.starts_with("dns_") && flow.decided_by == DecidedBy::Resolver,
+    })
+}
+
 /// Who said no with an errno. The kernel program's refusals are known by their records; where a filter of system calls or
 /// a namespace stands before the rest, it is the one that was met.
 fn by_errno(technique: &Technique, errno: i32, recorded: bool, inside: &Inside<'_>) -> Guard {
-    let unreachable = matches!(errno, libc::ECONNREFUSED | libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL);
+    let unreachable =
+        matches!(errno, libc::ECONNREFUSED | libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL);
     match technique.guard {
         _ if recorded => Guard::Hook,
         Guard::Hook | Guard::Proxy | Guard::Resolver if inside.isolated && unreachable => Guard::Namespace,

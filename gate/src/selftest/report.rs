@@ -65,9 +65,7 @@ impl Report {
 
     /// Whether everything was refused that there is; a run that tried nothing shows nothing.
     pub fn passed(&self) -> bool {
-        self.count(Outcome::Refused) > 0
-            && self.count(Outcome::Escaped) == 0
-            && self.count(Outcome::Inconclusive) == 0
+        self.count(Outcome::Refused) > 0 && self.count(Outcome::Escaped) == 0 && self.count(Outcome::Inconclusive) == 0
     }
 
     /// Why the gate is not ready.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +20,8 @@ use crate::sandbox::attempts::{TECHNIQUES, Target};
 
 /// Outside, in the leaf of profile none, and in the one that has a name.
 const RUNS: usize = 3;
+/// Of `sun_path`.
+const MAX_UNIX_PATH: usize = 108;
 const UNIX_NAME: &str = "selftest.sock";
 /// How long one call into a leaf may take before the next is made.
 const CALL_TIME: Duration = Duration::from_millis(200);
@@ -42,7 +45,9 @@ pub struct Targets {
     addresses: BTreeMap<String, SocketAddr>,
     inbound: [u16; RUNS],
     dns: [SocketAddr; 2],
+    at: PathBuf,
     unix_path: PathBuf,
+    _directory: std::fs::File,
     unix_abstract: String,
     tokens: Tokens,
     heard: Heard,
@@ -74,8 +79,15 @@ impl Targets {
                 Err(error) => return Err(error),
             }
         }
-        let unix_path = state_dir.join(UNIX_NAME);
-        let _ = std::fs::remove_file(&unix_path);
+        let at = state_dir.join(UNIX_NAME);
+        let _ = std::fs::remove_file(&at);
+        // An address has little room (unix(7)): a longer path is reached by way of its directory, which stays open.
+        let directory = std::fs::File::open(state_dir)?;
+        let unix_path = if at.as_os_str().len() < MAX_UNIX_PATH {
+            at.clone()
+        } else {
+            format!("/proc/{}/fd/{}/{UNIX_NAME}", std::process::id(), directory.as_raw_fd()).into()
+        };
         serve_unix(UnixListener::bind(&unix_path)?, note("unix_path"), &mut tasks);
         let unix_abstract = format!("latchgate-selftest-{}", ids::mint());
         let name = std::os::unix::net::SocketAddr::from_abstract_name(&unix_abstract)?;
@@ -89,7 +101,7 @@ impl Targets {
             *port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?.local_addr()?.port();
             tasks.spawn(call(*port, run, note("inbound")));
         }
-        Ok(Self { addresses, inbound, dns, unix_path, unix_abstract, tokens, heard, _tasks: tasks })
+        Ok(Self { addresses, inbound, dns, at, unix_path, _directory: directory, unix_abstract, tokens, heard, _tasks: tasks })
     }
 
     pub fn has(&self, technique: &str) -> bool {
@@ -129,7 +141,7 @@ impl Targets {
 
 impl Drop for Targets {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.unix_path);
+        let _ = std::fs::remove_file(&self.at);
     }
 }
 

@@ -67,7 +67,7 @@ pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
         Ok(_) => {
             let by = name.as_deref().unwrap_or_default();
             route(&gate, &path, request.uri().query(), request.method().as_str(), by).await
-        },
+        }
     };
     let event = EventDraft {
         event_type: "operator_call".to_owned(),
@@ -110,13 +110,7 @@ fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<Authenticate
     })?)
 }
 
-async fn route(
-    gate: &Arc<Gate>,
-    path: &str,
-    query: Option<&str>,
-    method: &str,
-    by: &str,
-) -> Result<Answer, Refusal> {
+async fn route(gate: &Arc<Gate>, path: &str, query: Option<&str>, method: &str, by: &str) -> Result<Answer, Refusal> {
     let route = Route::of(path).ok_or(Refusal::NotFound)?;
     if !route.allow().split(", ").any(|allowed| allowed == method) {
         return Err(Refusal::MethodNotAllowed { allow: route.allow() });

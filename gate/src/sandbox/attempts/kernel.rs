@@ -76,8 +76,7 @@ pub fn mount(order: &Order, _: &str) -> Saw {
 pub fn unshare(_: &Order, _: &str) -> Saw {
     tried(|| {
         // SAFETY: integers only, in a process of the attempt's own.
-        call("unshare", unsafe { libc::unshare(libc::CLONE_NEWUTS) }.into())
-            .map(|_| reached("a namespace was made"))
+        call("unshare", unsafe { libc::unshare(libc::CLONE_NEWUTS) }.into()).map(|_| reached("a namespace was made"))
     })
 }
 
@@ -138,4 +137,3 @@ pub fn signal(order: &Order, _: &str) -> Saw {
             .map(|_| reached("a process outside was signalled"))
     })
 }
-

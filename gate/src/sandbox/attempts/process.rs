@@ -49,9 +49,7 @@ fn is_open(number: i32) -> bool {
 pub fn capabilities(_: &Order, _: &str) -> Saw {
     match rustix::thread::capabilities(None) {
         Err(error) => Saw::Hindered { why: format!("capget: {error}") },
-        Ok(sets) if !(sets.effective | sets.permitted | sets.inheritable).is_empty() => {
-            reached("a capability is left")
-        }
+        Ok(sets) if !(sets.effective | sets.permitted | sets.inheritable).is_empty() => reached("a capability is left"),
         // The bounding and the ambient set are in /proc alone, where there is one.
         Ok(_) => match ["CapBnd:", "CapAmb:"].into_iter().find(|set| status(set).is_some_and(|bits| !zero(&bits))) {
             Some(set) => reached(&format!("{set} is not empty")),

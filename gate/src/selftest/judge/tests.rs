@@ -28,7 +28,7 @@ fn recorded(hook: &'static str, port: u16) -> Arc<KernelRefusal> {
 }
 
 fn inside<'a>(saw: Option<&'a Saw>, refusals: &'a [Arc<KernelRefusal>]) -> Inside<'a> {
-    Inside { profile: "none", saw, heard: false, port: Some(4000), refusals, isolated: false }
+    Inside { profile: "none", saw, heard: false, port: Some(4000), refusals, flows: &[], isolated: false }
 }
 
 #[test]
@@ -71,7 +71,8 @@ fn a_refusal_counts_only_where_the_control_reaches() {
 fn silence_is_a_refusal_only_where_somebody_says_so() {
     let plain = named("tcp_v4").unwrap();
     let silent = Saw::Silent { at: "connect".to_owned() };
-    let judged = |refusals: &[Arc<KernelRefusal>]| judge(plain, true, Some(&REACHED()), &inside(Some(&silent), refusals));
+    let judged =
+        |refusals: &[Arc<KernelRefusal>]| judge(plain, true, Some(&REACHED()), &inside(Some(&silent), refusals));
     assert_eq!(judged(&[]).outcome, Outcome::Inconclusive);
     // Another port is another attempt.
     assert_eq!(judged(&[recorded("egress", 4001)]).outcome, Outcome::Inconclusive);
