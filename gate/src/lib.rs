@@ -9,6 +9,7 @@ pub mod config;
 pub mod egress;
 pub mod files;
 pub mod gate;
+pub mod guards;
 pub mod hash;
 pub mod ids;
 pub mod ledger;
