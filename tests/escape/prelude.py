@@ -11,7 +11,7 @@ import time
 TOKEN = p["token"].encode()
 V4, V6, MAPPED = p["v4"], p["v6"], "::ffff:" + p["v4"]
 PORT = p["port"]
-PATIENCE = 2
+PATIENCE = p.get("patience", 2)
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 

@@ -190,7 +190,7 @@ impl Profile {
         let named = || list.entries.iter().filter(names);
         let none = if named().next().is_some() { DenyReason::PortNotAllowed } else { DenyReason::NameNotAllowed };
         named()
-            .filter(|entry| entry.ports.binary_search(&port).is_ok())
+            .filter(|entry| entry.ports.binary_search(&port).is_ok() || !guards::on(Guard::ProxyNames))
             .max_by_key(|entry| entry.pattern.particularity())
             .ok_or(none.into())
     }
