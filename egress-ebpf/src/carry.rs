@@ -4,13 +4,15 @@ use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::programs::SockAddrContext;
+use egress_ebpf::guard::Guard;
 use egress_ebpf::{Destination, MAX_FLOWS_PER_LEAF, REACH_BITS_BEFORE_ADDRESS, reach_key};
 
+use crate::guards::on;
 use crate::packet::{self, Endpoint};
 use crate::refuse::{self, Refusal, refuse};
 use crate::{
     ALLOW, ClientSocket, Control, DENY, Hook, IPPROTO_TCP, IPPROTO_UDP, KIND_ALLOWLIST, KIND_NONE, REACH, Reason,
-    client, client_of, control, current_leaf, kind_of, query, word,
+    client, client_of, control, current_leaf, kind_of_caller, query, word,
 };
 
 #[inline(always)]
@@ -19,7 +21,7 @@ pub fn on_connect(ctx: &SockAddrContext, hook: Hook, to: Endpoint) -> i32 {
     let leaf = current_leaf(&control);
     let protocol = word!(ctx.sock_addr, protocol);
     let family = word!(ctx.sock_addr, family);
-    let verdict = match kind_of(&control, leaf) {
+    let verdict = match kind_of_caller(&control, leaf) {
         Err(reason) => Err(reason),
         Ok(kind) => verdict(ctx, &control, leaf, kind, protocol, &to),
     };
@@ -45,7 +47,11 @@ fn verdict(
 ) -> Result<Option<Endpoint>, Reason> {
     // SAFETY: a field of the context; what is null is no socket of a leaf.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    let stored = client_of(sk, leaf)?;
+    let stored = match client_of(sk, leaf) {
+        Ok(stored) => stored,
+        Err(reason) if on(Guard::ForeignSocket) => return Err(reason),
+        Err(_) => return Ok(None),
+    };
     if kind == KIND_NONE {
         return Err(Reason::ProfileNone);
     }
@@ -56,7 +62,7 @@ fn verdict(
         return Err(Reason::Datagram);
     }
     let instead = if to.is_proxy(control) { None } else { Some(carried(control, leaf, kind, to)?) };
-    if refuse::open_flows(leaf) >= MAX_FLOWS_PER_LEAF {
+    if refuse::open_flows(leaf) >= MAX_FLOWS_PER_LEAF && on(Guard::FlowLimit) {
         return Err(Reason::TooManyFlows);
     }
     let original = match instead {
@@ -73,7 +79,7 @@ fn carried(control: &Control, leaf: u64, kind: u32, to: &Endpoint) -> Result<End
         return Err(Reason::NotTheProxy);
     }
     let is_dns = control.resolver_slots != 0 && to.is_dns();
-    if !is_dns && !is_reached(leaf, to) {
+    if !is_dns && !is_reached(leaf, to) && on(Guard::Reach) {
         return Err(Reason::NotInProfile);
     }
     to.proxy(control).ok_or(Reason::NotTheProxy)

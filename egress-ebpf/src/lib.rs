@@ -4,6 +4,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod guard;
+
 /// A heartbeat older than this, on CLOCK_BOOTTIME, closes every leaf.
 pub const HEARTBEAT_LIMIT_NS: u64 = 2_000_000_000;
 /// How far ahead of the reading CPU's clock a heartbeat may seem to be before it is taken for a wrong one.

@@ -10,6 +10,7 @@
 
 mod carry;
 mod flow;
+mod guards;
 mod packet;
 mod query;
 mod refuse;
@@ -22,12 +23,14 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_ops};
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext};
+use egress_ebpf::guard::Guard;
 use egress_ebpf::{
     AcceptedSocket, AskedServers, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, FlowRecord,
     HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD,
     MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey, QueryRecord, ReachKey, Reason,
 };
 
+use crate::guards::on;
 use crate::refuse::{Refusal, refuse};
 
 const ALLOW: i32 = 1;
@@ -140,15 +143,25 @@ fn kind_of(control: &Control, leaf: u64) -> Result<u32, Reason> {
     let Some(heartbeat) = HEARTBEAT.get_ptr(0) else { return Err(Reason::HeartbeatStopped) };
     // SAFETY: an element of an array map is there as long as the map.
     let heartbeat = unsafe { core::ptr::read_volatile(heartbeat) };
-    if heartbeat > now + HEARTBEAT_SKEW_NS || heartbeat + HEARTBEAT_LIMIT_NS < now {
+    let stopped = heartbeat > now + HEARTBEAT_SKEW_NS || heartbeat + HEARTBEAT_LIMIT_NS < now;
+    if stopped && on(Guard::Heartbeat) {
         return Err(Reason::HeartbeatStopped);
     }
-    if deadline_ns <= now {
+    if deadline_ns <= now && on(Guard::Deadline) {
         return Err(Reason::Expired);
     }
     match kind {
         KIND_NONE | KIND_PROXY_ONLY | KIND_ALLOWLIST => Ok(kind),
         _ => Err(Reason::NoEntry),
+    }
+}
+
+/// The same, for a call that a task of the leaf makes.
+#[inline(always)]
+fn kind_of_caller(control: &Control, leaf: u64) -> Result<u32, Reason> {
+    match kind_of(control, leaf) {
+        Err(Reason::NoEntry) if !on(Guard::Entry) => Ok(KIND_PROXY_ONLY),
+        kind => kind,
     }
 }
 
@@ -160,21 +173,33 @@ fn current_leaf(control: &Control) -> u64 {
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
+    if !on(Guard::Connect4) {
+        return ALLOW;
+    }
     carry::on_connect(&ctx, Hook::Connect4, packet::destination4(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
+    if !on(Guard::Connect6) {
+        return ALLOW;
+    }
     carry::on_connect(&ctx, Hook::Connect6, packet::destination6(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    if !on(Guard::Sendmsg4) {
+        return ALLOW;
+    }
     query::on_sendmsg(&ctx, Hook::Sendmsg4, packet::destination4(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    if !on(Guard::Sendmsg6) {
+        return ALLOW;
+    }
     query::on_sendmsg(&ctx, Hook::Sendmsg6, packet::destination6(&ctx))
 }
 
@@ -233,9 +258,11 @@ pub fn sock_create(ctx: SockContext) -> i32 {
     let Some(control) = control() else { return DENY };
     let leaf = current_leaf(&control);
     let usual = (kind == SOCK_STREAM && protocol == IPPROTO_TCP) || (kind == SOCK_DGRAM && protocol == IPPROTO_UDP);
-    let verdict = match kind_of(&control, leaf) {
+    let verdict = match kind_of_caller(&control, leaf) {
         Err(reason) => Err(reason),
-        Ok(_) if !usual || (family != AF_INET && family != AF_INET6) => Err(Reason::SocketKind),
+        Ok(_) if on(Guard::SocketKind) && (!usual || (family != AF_INET && family != AF_INET6)) => {
+            Err(Reason::SocketKind)
+        }
         Ok(_) => remember(&ctx, leaf),
     };
     match verdict {
@@ -282,11 +309,17 @@ pub fn probe_level(_ctx: SockContext) -> i32 {
 
 #[cgroup_skb(egress)]
 pub fn egress(ctx: SkBuffContext) -> i32 {
+    if !on(Guard::Egress) {
+        return ALLOW;
+    }
     on_packet(&ctx, Hook::Egress)
 }
 
 #[cgroup_skb(ingress)]
 pub fn ingress(ctx: SkBuffContext) -> i32 {
+    if !on(Guard::Ingress) {
+        return ALLOW;
+    }
     on_packet(&ctx, Hook::Ingress)
 }
 

@@ -8,8 +8,10 @@ use core::ptr::{null_mut, read_volatile, write_volatile};
 use aya_ebpf::bindings::{BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext};
+use egress_ebpf::guard::Guard;
 use egress_ebpf::{DNS_PORT, Destination, MAX_QUERIES_PER_LEAF, MAX_SLOTS};
 
+use crate::guards::on;
 use crate::packet::{self, Endpoint, Header};
 use crate::refuse::{Refusal, add, refuse};
 use crate::{
@@ -108,6 +110,9 @@ unsafe fn put(to: *mut u32, chosen: bool, value: u32) {
 /// Where a datagram, or the connect of a UDP socket, goes instead of where it was meant to.
 #[inline(always)]
 pub fn redirect(control: &Control, sk: *mut bpf_sock, to: &Endpoint) -> Result<Option<Endpoint>, Reason> {
+    if !on(Guard::Dns) {
+        return Ok(None);
+    }
     if control.resolver_slots == 0 {
         return Err(Reason::Datagram);
     }

@@ -33,7 +33,7 @@ use crate::selftest::Selftest;
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
 use crate::time::Timestamp;
-use crate::{files, hash};
+use crate::{files, guards, hash};
 
 /// Everything that a request may need.
 pub struct Gate {
@@ -151,6 +151,9 @@ impl Gate {
     /// The first part that cannot be had: nothing listens then, and the kernel program of a predecessor still holds.
     pub async fn build(config: Config) -> Result<Self, StartError> {
         let now = Timestamp::now();
+        if let Some(warning) = guards::warning() {
+            tracing::error!("{warning}");
+        }
         let directories = Directories::make(&config)?;
         let registry = load_registry(&config)?;
         for warning in registry.warnings() {
@@ -290,7 +293,10 @@ impl Gate {
             return Readiness::NotReady("the ledger has stopped: nothing can be recorded, so nothing runs".to_owned());
         }
         match self.enforcer.health() {
-            Ok(()) => self.selftest.readiness(),
+            Ok(()) => match self.selftest.readiness() {
+                Readiness::Ready => guards::warning().map_or(Readiness::Ready, Readiness::Degraded),
+                other => other,
+            },
             Err(error) => {
                 tracing::error!(%error, "the kernel program does not hold");
                 Readiness::NotReady("the kernel program does not hold".to_owned())

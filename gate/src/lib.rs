@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod egress;
 pub mod files;
 pub mod gate;
+pub mod guards;
 pub mod hash;
 pub mod ids;
 pub mod ledger;

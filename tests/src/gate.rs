@@ -24,11 +24,23 @@ pub fn binary() -> PathBuf {
     binary
 }
 
+/// The gate whose guards can be taken away, beside it.
+pub fn unguarded_binary() -> PathBuf {
+    let binary = binary().with_file_name("latchgate-unguarded");
+    let how = "cargo build --package latchgate --features test-guards --bin latchgate-unguarded";
+    assert!(binary.exists(), "{} is not built: {how}", binary.display());
+    binary
+}
+
 /// What a test wants of its gate. Paths in `extra` may use `{dir}`.
 pub struct Setup {
     pub name: String,
     pub directory: PathBuf,
     config: String,
+    /// Guards that are off; with any, it is another binary.
+    guards_off: Vec<String>,
+    /// What the shell does before it becomes the gate.
+    before: Option<String>,
 }
 
 impl Setup {
@@ -44,7 +56,36 @@ impl Setup {
              [[listeners]]\nname = \"agent\"\npath = \"{dir}/agent/gate.sock\"\nprincipal = \"tester\"\n\n"
         );
         fs::create_dir(directory.join("manifests")).unwrap();
-        Self { name: unique, directory, config }
+        Self { name: unique, directory, config, guards_off: Vec::new(), before: None }
+    }
+
+    /// Takes these guards away (`gate/src/guards/switches.rs` has the names). None of them: the gate as it is.
+    pub fn unguarded(mut self, guards: &[&str]) -> Self {
+        self.guards_off = guards.iter().map(|guard| (*guard).to_owned()).collect();
+        self
+    }
+
+    /// Has a shell run `commands` first; what it leaves open, the gate inherits.
+    pub fn started_by(mut self, commands: &str) -> Self {
+        self.before = Some(commands.to_owned());
+        self
+    }
+
+    fn serve(&self) -> Command {
+        let binary = if self.guards_off.is_empty() { binary() } else { unguarded_binary() };
+        let mut command = match &self.before {
+            None => Command::new(binary),
+            Some(commands) => {
+                let mut shell = Command::new("/bin/bash");
+                shell.arg("-c").arg(format!("{commands}\nexec \"$0\" \"$@\"")).arg(binary);
+                shell
+            }
+        };
+        command.arg("serve").arg("--config").arg(self.config_file());
+        if !self.guards_off.is_empty() {
+            command.env("LATCHGATE_TEST_GUARDS_OFF", self.guards_off.join(","));
+        }
+        command
     }
 
     /// Appends to the configuration; `{dir}` stands for the directory.
@@ -112,7 +153,7 @@ impl Setup {
     /// Starts a gate that must refuse to: its exit code and what it said.
     pub fn refuse(self) -> (i32, String) {
         fs::write(self.config_file(), &self.config).unwrap();
-        let output = Command::new(binary()).arg("serve").arg("--config").arg(self.config_file()).output().unwrap();
+        let output = self.serve().output().unwrap();
         let _ = fs::remove_dir_all(&self.directory);
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
     }
@@ -131,10 +172,9 @@ impl Gate {
     /// Starts it (again), and waits for `ready`.
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "it runs already");
-        let mut child = Command::new(binary())
-            .arg("serve")
-            .arg("--config")
-            .arg(self.setup.config_file())
+        let mut child = self
+            .setup
+            .serve()
             .env("LATCHGATE_LOG", std::env::var("LATCHGATE_LOG").unwrap_or_else(|_| "info".to_owned()))
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())

@@ -12,10 +12,29 @@ mod toolchain;
 
 use toolchain::Toolchain;
 
-const OBJECT: &str = "gate/src/egress/kernel/latchgate.bpf.o";
-const LOCK: &str = "gate/src/egress/kernel/latchgate.bpf.lock.json";
+/// One object that the source is built to.
+struct Variant {
+    /// Features of `egress-ebpf`.
+    features: &'static str,
+    object: &'static str,
+    lock: &'static str,
+}
 
-/// What the checked-in object was made from.
+/// What a gate carries, and what tests load to show what each check is for.
+const VARIANTS: [Variant; 2] = [
+    Variant {
+        features: "program",
+        object: "gate/src/egress/kernel/latchgate.bpf.o",
+        lock: "gate/src/egress/kernel/latchgate.bpf.lock.json",
+    },
+    Variant {
+        features: "program,test-guards",
+        object: "gate/src/egress/kernel/latchgate-guards.bpf.o",
+        lock: "gate/src/egress/kernel/latchgate-guards.bpf.lock.json",
+    },
+];
+
+/// What a checked-in object was made from.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Lock {
     /// Over path and contents of everything in `egress-ebpf` that is built.
@@ -26,28 +45,27 @@ struct Lock {
     object_sha256: String,
 }
 
-/// Builds and writes the object and its lock file.
+/// Builds and writes the objects and their lock files.
 pub fn write() -> Result<String, String> {
     let root = root()?;
     let toolchain = Toolchain::find()?;
     let target = root.join("egress-ebpf/target");
-    let object = build(&toolchain, &root.join("egress-ebpf"), &target)?;
-    let lock = lock_of(&root, &toolchain, &object)?;
-    put(&root.join(OBJECT), &object)?;
-    let mut text = serde_json::to_string_pretty(&lock).map_err(|error| error.to_string())?;
-    text.push('\n');
-    put(&root.join(LOCK), text.as_bytes())?;
-    Ok(format!("{OBJECT}: {} bytes, sha256 {}", object.len(), lock.object_sha256))
+    let mut said = Vec::new();
+    for variant in &VARIANTS {
+        let object = build(&toolchain, variant, &root.join("egress-ebpf"), &target)?;
+        let lock = lock_of(&root, &toolchain, &object)?;
+        put(&root.join(variant.object), &object)?;
+        let mut text = serde_json::to_string_pretty(&lock).map_err(|error| error.to_string())?;
+        text.push('\n');
+        put(&root.join(variant.lock), text.as_bytes())?;
+        said.push(format!("{}: {} bytes, sha256 {}", variant.object, object.len(), lock.object_sha256));
+    }
+    Ok(said.join("\n"))
 }
 
 /// Rebuilds in a clean directory and compares with what is checked in.
 pub fn check() -> Result<String, String> {
     let root = root()?;
-    let recorded: Lock = serde_json::from_slice(&get(&root.join(LOCK))?).map_err(|error| format!("{LOCK}: {error}"))?;
-    let checked_in = hex(&Sha256::digest(get(&root.join(OBJECT))?));
-    if checked_in != recorded.object_sha256 {
-        return Err(format!("{OBJECT} has SHA-256 {checked_in}, its lock says {}", recorded.object_sha256));
-    }
     let toolchain = Toolchain::find()?;
     let clean = Clean::make()?;
     let source = clean.0.join("egress-ebpf");
@@ -58,28 +76,46 @@ pub fn check() -> Result<String, String> {
         }
         put(&to, &get(&root.join("egress-ebpf").join(&path))?)?;
     }
-    let object = build(&toolchain, &source, &clean.0.join("target"))?;
-    let built = lock_of(&root, &toolchain, &object)?;
+    let target = clean.0.join("target");
+    let said = VARIANTS.iter().map(|variant| compare(&root, &toolchain, variant, &source, &target));
+    Ok(said.collect::<Result<Vec<_>, _>>()?.join("\n"))
+}
+
+fn compare(
+    root: &Path,
+    toolchain: &Toolchain,
+    variant: &Variant,
+    source: &Path,
+    target: &Path,
+) -> Result<String, String> {
+    let Variant { object: path, lock, .. } = variant;
+    let recorded: Lock = serde_json::from_slice(&get(&root.join(lock))?).map_err(|error| format!("{lock}: {error}"))?;
+    let checked_in = hex(&Sha256::digest(get(&root.join(path))?));
+    if checked_in != recorded.object_sha256 {
+        return Err(format!("{path} has SHA-256 {checked_in}, its lock says {}", recorded.object_sha256));
+    }
+    let object = build(toolchain, variant, source, target)?;
+    let built = lock_of(root, toolchain, &object)?;
     if built.source_sha256 != recorded.source_sha256 {
-        return Err("egress-ebpf was changed after the object was built: run `cargo xtask ebpf`".to_owned());
+        return Err("egress-ebpf was changed after the objects were built: run `cargo xtask ebpf`".to_owned());
     }
     if (&built.rustc, &built.linker) != (&recorded.rustc, &recorded.linker) {
         return Ok(format!(
-            "built ({} bytes); the compiler or linker is not the recorded one, so the bytes were not compared",
+            "{path}: built ({} bytes); the compiler or linker is not the recorded one, so the bytes were not compared",
             object.len()
         ));
     }
     if built.object_sha256 != recorded.object_sha256 {
         return Err(format!(
-            "the same source and tools gave SHA-256 {}, checked in is {}",
+            "{path}: the same source and tools gave SHA-256 {}, checked in is {}",
             built.object_sha256, recorded.object_sha256
         ));
     }
-    Ok(format!("rebuilt in a clean directory, the same bytes: sha256 {}", built.object_sha256))
+    Ok(format!("{path}: rebuilt in a clean directory, the same bytes: sha256 {}", built.object_sha256))
 }
 
-fn build(toolchain: &Toolchain, source: &Path, target: &Path) -> Result<Vec<u8>, String> {
-    toolchain.build(source, target)?;
+fn build(toolchain: &Toolchain, variant: &Variant, source: &Path, target: &Path) -> Result<Vec<u8>, String> {
+    toolchain.build(source, target, variant.features)?;
     let built = target.join(toolchain::TARGET).join("release").join(toolchain::BINARY);
     strip::debug_sections(&get(&built)?).map_err(|error| format!("{}: {error}", built.display()))
 }

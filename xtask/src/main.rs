@@ -6,8 +6,9 @@ mod ebpf;
 
 const USAGE: &str = "usage: cargo xtask ebpf [--check]
 
-  ebpf          build the kernel program from source and write the checked-in object and its lock file
-  ebpf --check  build it in a clean directory; when compiler and linker are the recorded ones, the bytes must be the same";
+  ebpf          build the kernel program from source and write the checked-in objects, the gate's and the one of the tests
+                that take a guard away, with their lock files
+  ebpf --check  build both in a clean directory; when compiler and linker are the recorded ones, the bytes must be the same";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -61,8 +61,13 @@ use queries::Queries;
 use reach::Reach;
 
 /// The kernel program, as `cargo xtask ebpf` built it.
+#[cfg(not(feature = "test-guards"))]
 static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/egress/kernel/latchgate.bpf.o"));
+/// The one whose checks can be taken away.
+#[cfg(feature = "test-guards")]
+static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/egress/kernel/latchgate-guards.bpf.o"));
 
 /// Where the proxy listens. All that a leaf does over TCP goes there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

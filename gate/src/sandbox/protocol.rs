@@ -66,6 +66,8 @@ pub struct Spec {
     pub processes: u32,
     /// Bound of each process, where no memory controller holds the leaf.
     pub process_memory_bytes: Option<u64>,
+    #[cfg(feature = "test-guards")]
+    pub guards_off: u64,
 }
 
 /// Where the making of a sandbox failed.

@@ -292,6 +292,8 @@ async fn execute(
         scratch_bytes: limits.scratch_bytes,
         processes: limits.processes,
         process_memory_bytes: (!memory_held).then_some(limits.memory_bytes),
+        #[cfg(feature = "test-guards")]
+        guards_off: crate::guards::bits(),
     };
     let spec = protocol::encode_spec(&spec).map_err(|e| SandboxError::Io("spec", e))?;
 

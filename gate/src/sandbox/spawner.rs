@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use super::SandboxError;
 use super::namespace::{self, NamespaceListeners, Ports};
 use super::protocol::{CONTROL_FD, INSIDE_ID, STATUS_FD, Stage, Status};
+use crate::guards::{self, Guard};
 
 /// `argv[0]` again, as the kernel takes it; a test holds the two together.
 const INIT_ARGUMENT: &CStr = c"latchgate-sandbox-init";
@@ -137,8 +138,13 @@ fn spawn(
         envp: [ptr::null()],
     };
 
-    let namespaces =
-        libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let mut namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    if guards::on(Guard::UserNamespace) {
+        namespaces |= libc::CLONE_NEWUSER;
+    }
+    if guards::on(Guard::PidNamespace) {
+        namespaces |= libc::CLONE_NEWPID;
+    }
     let namespaces = namespaces | if network.is_some() { libc::CLONE_NEWNET } else { 0 };
     // SAFETY: `become_init` makes bare system calls only and never returns; it runs once, in the child.
     let cloned = unsafe { clone_with(namespaces as u64, Some(leaf.as_fd()), || become_init(&layout)) };
@@ -204,6 +210,9 @@ pub(super) unsafe fn clone_with(
 
 /// One uid and one gid, and no others, exist in the child's user namespace (user_namespaces(7)).
 fn map_ids(pid: Pid, outside_id: u32) -> io::Result<()> {
+    if !guards::on(Guard::UserNamespace) {
+        return Ok(());
+    }
     let line = format!("{INSIDE_ID} {outside_id} 1\n");
     let directory = format!("/proc/{}", pid.as_raw_nonzero());
     // When memory is short, a sandbox goes before the gate does. Not being able to say so is no reason to stop.
@@ -231,7 +240,9 @@ unsafe fn become_init(layout: &Layout<'_>) -> ! {
         }
         check(Stage::Image, libc::syscall(libc::SYS_dup3, layout.executable, count, libc::O_CLOEXEC));
         // Before anything blocks: a copy of another child's control pipe, held here, would hide the gate's death from it.
-        check(Stage::Image, libc::syscall(libc::SYS_close_range, count as u32 + 1, LAST_FD, 0));
+        if guards::on(Guard::CloseDescriptors) {
+            check(Stage::Image, libc::syscall(libc::SYS_close_range, count as u32 + 1, LAST_FD, 0));
+        }
 
         let none = 0_u64;
         check(
@@ -251,11 +262,13 @@ unsafe fn become_init(layout: &Layout<'_>) -> ! {
             libc::syscall(libc::SYS_exit_group, 0);
         }
 
-        check(Stage::Identity, libc::syscall(libc::SYS_setgroups, 0_usize, ptr::null::<libc::gid_t>()));
-        check(Stage::Identity, libc::syscall(libc::SYS_setresgid, INSIDE_ID, INSIDE_ID, INSIDE_ID));
-        // No uid is 0 in the new namespace, so this change of uid clears no capability (capabilities(7)).
-        check(Stage::Identity, libc::syscall(libc::SYS_setresuid, INSIDE_ID, INSIDE_ID, INSIDE_ID));
-        keep_across_exec();
+        if guards::on(Guard::UserNamespace) {
+            check(Stage::Identity, libc::syscall(libc::SYS_setgroups, 0_usize, ptr::null::<libc::gid_t>()));
+            check(Stage::Identity, libc::syscall(libc::SYS_setresgid, INSIDE_ID, INSIDE_ID, INSIDE_ID));
+            // No uid is 0 in the new namespace, so this change of uid clears no capability (capabilities(7)).
+            check(Stage::Identity, libc::syscall(libc::SYS_setresuid, INSIDE_ID, INSIDE_ID, INSIDE_ID));
+            keep_across_exec();
+        }
         die_with_gate();
 
         libc::syscall(
@@ -289,6 +302,9 @@ unsafe fn check(stage: Stage, returned: libc::c_long) {
 /// # Safety
 /// In the child.
 unsafe fn die_with_gate() {
+    if !guards::on(Guard::DieWithGate) {
+        return;
+    }
     // SAFETY: integers only.
     unsafe { check(Stage::Identity, libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0)) }
 }

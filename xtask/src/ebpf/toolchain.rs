@@ -57,7 +57,7 @@ impl Toolchain {
     }
 
     /// Compiles the program of `source` into `target`. Paths of this machine do not get into the object.
-    pub fn build(&self, source: &Path, target: &Path) -> Result<(), String> {
+    pub fn build(&self, source: &Path, target: &Path, features: &str) -> Result<(), String> {
         let cargo_home = cargo_home()?;
         let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
         let flags = [
@@ -76,7 +76,7 @@ impl Toolchain {
         let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .current_dir(source)
             .args(["build", "--release", "--locked", "--target", TARGET, "-Z", "build-std=core"])
-            .args(["--features", "program", "--bin", BINARY])
+            .args(["--features", features, "--bin", BINARY])
             .env("PATH", path)
             .env("RUSTC", &self.rustc)
             // Only here: the target has no stable standard library.

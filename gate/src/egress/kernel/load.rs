@@ -63,7 +63,13 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
     let gate = pins::cgroup(&config.gate)?;
     // Nothing in the program is relocated against the running kernel's types. The verifier is asked for its log only when
     // it has refused.
-    let mut ebpf = EbpfLoader::new().btf(None).verifier_log_level(VerifierLogLevel::DEBUG).load(OBJECT)?;
+    let mut loader = EbpfLoader::new();
+    loader.btf(None).verifier_log_level(VerifierLogLevel::DEBUG);
+    #[cfg(feature = "test-guards")]
+    let guards_off = crate::guards::kernel_bits();
+    #[cfg(feature = "test-guards")]
+    loader.override_global("GUARDS_OFF", &guards_off, true);
+    let mut ebpf = loader.load(OBJECT)?;
 
     let mut control: Array<_, pod::Control> = map(&mut ebpf, "CONTROL")?;
     let mut heartbeat: Array<_, u64> = map(&mut ebpf, "HEARTBEAT")?;

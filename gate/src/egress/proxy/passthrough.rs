@@ -17,6 +17,7 @@ use super::tunnel::pump;
 use crate::egress::address::Host;
 use crate::egress::client_hello::{Parsed, Reader};
 use crate::egress::flow::End;
+use crate::guards::{self, Guard};
 
 const RECORD_HEADER: usize = 5;
 const CHANGE_CIPHER_SPEC: u8 = 20;
@@ -78,6 +79,9 @@ pub fn judge(hello: &Parsed, asked: &Host) -> Result<(), &'static str> {
 /// # Errors
 /// The rule that refuses it.
 pub fn judge_name(hello: &Parsed, asked: &Host) -> Result<(), &'static str> {
+    if !guards::on(Guard::Sni) {
+        return Ok(());
+    }
     match (asked, &hello.sni) {
         (Host::Name(name), Some(sni)) if sni.eq_ignore_ascii_case(name) => Ok(()),
         (Host::Name(_), None) => Err("sni_missing"),

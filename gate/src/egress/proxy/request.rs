@@ -3,6 +3,7 @@
 use super::head::{Framing, Malformed, RequestHead, Version};
 use crate::egress::address::{Host, HostError, parse_port};
 use crate::egress::flow::Protocol;
+use crate::guards::{self, Guard};
 
 /// Where a client wants to go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,7 +160,7 @@ impl Forward {
         let (standard, prefix) = if scheme == Protocol::Https { (443, "https://") } else { (80, "http://") };
         // Without a port it is the one that was connected to: no origin tells its hosts apart by a port it was not told.
         let same = |(other, other_port): (Host, Option<u16>)| {
-            if other == *host && other_port.is_none_or(|other| other == port) {
+            if (other == *host || !guards::on(Guard::Host)) && other_port.is_none_or(|other| other == port) {
                 Ok(other_port)
             } else {
                 Err(Refused::OtherHost)

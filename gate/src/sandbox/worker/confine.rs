@@ -36,6 +36,14 @@ pub fn hide() -> io::Result<()> {
     Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
+/// Undoes [`hide`] when its guard is off, which is known only once there is a spec.
+#[cfg(feature = "test-guards")]
+pub fn show_again() {
+    if !crate::guards::on(crate::guards::Guard::Hide) {
+        let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable);
+    }
+}
+
 /// Limits that hold this process and the program.
 pub fn shared_limits(spec: &Spec) -> Result<(), Failure> {
     // One more for this process. The uid is this execution's alone, so the count is too.

@@ -13,6 +13,7 @@ use std::ptr;
 
 use super::super::protocol::{CONTROL_FD, Entry, FIRST_SEALED_FD, STATUS_FD, Spec, Stage, Status, read_spec};
 use super::{confine, http, root, seccomp};
+use crate::guards::{self, Guard};
 
 /// What ends the making, and where.
 #[derive(Debug)]
@@ -56,19 +57,37 @@ pub fn main() -> ExitCode {
 fn prepare(control: &mut File) -> Result<Spec, Failure> {
     confine::hide().map_err(at(Stage::Reaper, "dumpable"))?;
     let spec = read_spec(control).map_err(at(Stage::Spec, "spec"))?;
+    #[cfg(feature = "test-guards")]
+    guards::set(spec.guards_off);
+    #[cfg(feature = "test-guards")]
+    confine::show_again();
     let sealed = (FIRST_SEALED_FD..)
         .zip(&spec.sealed)
         // SAFETY: the spawner laid one descriptor out for each sealed path, from this number on.
         .map(|(fd, path)| (path.as_path(), unsafe { OwnedFd::from_raw_fd(fd) }))
         .collect();
-    root::build(&spec, sealed)?;
-    confine::shared_limits(&spec)?;
-    confine::drop_capabilities()?;
-    confine::die_with_gate()?;
-    confine::no_new_privileges()?;
-    confine::landlock(&spec)?;
-    let program = seccomp::program(spec.process_memory_bytes.is_some());
-    seccomp::install(&program).map_err(at(Stage::Seccomp, "filter"))?;
+    if guards::on(Guard::MountNamespace) {
+        root::build(&spec, sealed)?;
+    }
+    if guards::on(Guard::ResourceLimits) {
+        confine::shared_limits(&spec)?;
+    }
+    if guards::on(Guard::Capabilities) {
+        confine::drop_capabilities()?;
+    }
+    if guards::on(Guard::DieWithGate) {
+        confine::die_with_gate()?;
+    }
+    if guards::on(Guard::NoNewPrivileges) {
+        confine::no_new_privileges()?;
+    }
+    if guards::on(Guard::Landlock) {
+        confine::landlock(&spec)?;
+    }
+    if guards::on(Guard::Seccomp) {
+        let program = seccomp::program(spec.process_memory_bytes.is_some());
+        seccomp::install(&program).map_err(at(Stage::Seccomp, "filter"))?;
+    }
     Ok(spec)
 }
 
@@ -180,14 +199,18 @@ impl Command {
         // Before the limits: under a small one this image, larger than the program may be, could not allocate.
         let (argv, envp) = (pointers(&self.argv), pointers(&self.envp));
         confine::fresh_signals();
-        if let Err(error) = confine::program_limits(spec, true) {
+        if guards::on(Guard::ResourceLimits)
+            && let Err(error) = confine::program_limits(spec, true)
+        {
             return error.raw_os_error().unwrap_or(libc::EINVAL);
         }
         // SAFETY: no arguments; a session of its own has no terminal.
         unsafe { libc::setsid() };
         // Exactly 0, 1 and 2 are left after the exec: all others go now or are marked to go.
         // SAFETY: marks descriptors, closes none.
-        if unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } < 0 {
+        if guards::on(Guard::CloseDescriptors)
+            && unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } < 0
+        {
             return errno();
         }
         debug_assert!(tell.as_raw_fd() > 2);

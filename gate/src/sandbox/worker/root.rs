@@ -19,6 +19,7 @@ use rustix::mount::{
 
 use super::super::protocol::{Root, Spec, Stage};
 use super::init::{Failure, at};
+use crate::guards::{self, Guard};
 
 /// Top-level names that the host root takes from the host; a link stays a link.
 pub const HOST_BINDS: [&str; 7] = ["usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"];
@@ -221,6 +222,7 @@ fn own_directories(root: std::os::fd::BorrowedFd<'_>, spec: &Spec) -> Result<(),
     // A size of 0 would mean no limit (tmpfs(5)).
     let bytes = spec.scratch_bytes.max(PAGE_BYTES);
     let inodes = (bytes / PAGE_BYTES).clamp(SCRATCH_INODES_MIN, SCRATCH_INODES_MAX);
+    let bytes = if guards::on(Guard::ScratchLimit) { bytes } else { 1 << 40 };
     let scratch = tmpfs(bytes, inodes, "0700", WRITABLE).map_err(at(Stage::Root, "scratch"))?;
     attach(&scratch, root, "tmp").map_err(at(Stage::Root, "tmp"))?;
     rustix::fs::mkdirat(&scratch, ".shm", Mode::from_raw_mode(0o700)).map_err(at(Stage::Root, ".shm"))?;

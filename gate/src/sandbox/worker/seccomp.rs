@@ -16,6 +16,8 @@ use libc::{
     BPF_ABS, BPF_ALU, BPF_AND, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter,
 };
 
+use crate::guards::{self, Guard};
+
 #[cfg(target_arch = "x86_64")]
 const NATIVE: u32 = 0xc000_003e; // AUDIT_ARCH_X86_64
 #[cfg(target_arch = "aarch64")]
@@ -39,85 +41,100 @@ const ABSENT: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
 /// Numbers that the libc crate does not have on every target.
 const SYS_OPEN_TREE_ATTR: libc::c_long = 467;
 
-const REFUSED: &[libc::c_long] = &[
+/// Calls that do not exist inside, by what they are refused for.
+const REFUSED: &[(Guard, &[libc::c_long])] = &[
     // Work that the kernel does without a system call that a filter could see.
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
+    (Guard::IoUring, &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register]),
     // Other processes' memory and descriptors.
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_kcmp,
-    libc::SYS_process_madvise,
+    (
+        Guard::Processes,
+        &[
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_kcmp,
+            libc::SYS_process_madvise,
+        ],
+    ),
     // The kernel's programs, counters and faults.
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_fanotify_init,
-    libc::SYS_fanotify_mark,
+    (
+        Guard::Programs,
+        &[
+            libc::SYS_bpf,
+            libc::SYS_perf_event_open,
+            libc::SYS_userfaultfd,
+            libc::SYS_fanotify_init,
+            libc::SYS_fanotify_mark,
+        ],
+    ),
     // Mounts, old and new.
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_open_tree,
-    SYS_OPEN_TREE_ATTR,
-    libc::SYS_move_mount,
-    libc::SYS_fsopen,
-    libc::SYS_fsconfig,
-    libc::SYS_fsmount,
-    libc::SYS_fspick,
-    libc::SYS_mount_setattr,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_quotactl,
-    libc::SYS_quotactl_fd,
+    (
+        Guard::Mounts,
+        &[
+            libc::SYS_mount,
+            libc::SYS_umount2,
+            libc::SYS_open_tree,
+            SYS_OPEN_TREE_ATTR,
+            libc::SYS_move_mount,
+            libc::SYS_fsopen,
+            libc::SYS_fsconfig,
+            libc::SYS_fsmount,
+            libc::SYS_fspick,
+            libc::SYS_mount_setattr,
+            libc::SYS_pivot_root,
+            libc::SYS_chroot,
+            libc::SYS_quotactl,
+            libc::SYS_quotactl_fd,
+        ],
+    ),
     // Files by handle, past the names that the root shows.
-    libc::SYS_open_by_handle_at,
-    libc::SYS_name_to_handle_at,
+    (Guard::Handles, &[libc::SYS_open_by_handle_at, libc::SYS_name_to_handle_at]),
     // Namespaces.
-    libc::SYS_unshare,
-    libc::SYS_setns,
+    (Guard::Namespaces, &[libc::SYS_unshare, libc::SYS_setns]),
     // Keys have no namespace.
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_keyctl,
+    (Guard::Keys, &[libc::SYS_add_key, libc::SYS_request_key, libc::SYS_keyctl]),
     // The machine.
-    libc::SYS_kexec_load,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_swapon,
-    libc::SYS_swapoff,
-    libc::SYS_reboot,
-    libc::SYS_acct,
-    libc::SYS_syslog,
-    libc::SYS_vhangup,
-    libc::SYS_sethostname,
-    libc::SYS_setdomainname,
-    libc::SYS_settimeofday,
-    libc::SYS_clock_settime,
-    libc::SYS_clock_adjtime,
-    libc::SYS_adjtimex,
-    libc::SYS_lookup_dcookie,
-    libc::SYS_nfsservctl,
-    libc::SYS_move_pages,
-    libc::SYS_migrate_pages,
-    libc::SYS_kexec_file_load,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_iopl,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_ioperm,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_modify_ldt,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_uselib,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_ustat,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_sysfs,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS__sysctl,
+    (
+        Guard::Machine,
+        &[
+            libc::SYS_kexec_load,
+            libc::SYS_init_module,
+            libc::SYS_finit_module,
+            libc::SYS_delete_module,
+            libc::SYS_swapon,
+            libc::SYS_swapoff,
+            libc::SYS_reboot,
+            libc::SYS_acct,
+            libc::SYS_syslog,
+            libc::SYS_vhangup,
+            libc::SYS_sethostname,
+            libc::SYS_setdomainname,
+            libc::SYS_settimeofday,
+            libc::SYS_clock_settime,
+            libc::SYS_clock_adjtime,
+            libc::SYS_adjtimex,
+            libc::SYS_lookup_dcookie,
+            libc::SYS_nfsservctl,
+            libc::SYS_move_pages,
+            libc::SYS_migrate_pages,
+            libc::SYS_kexec_file_load,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_iopl,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_ioperm,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_modify_ldt,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_uselib,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_ustat,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_sysfs,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS__sysctl,
+        ],
+    ),
 ];
 
 /// Memory that no rlimit of a process counts: refused where no memory controller holds the leaf.
@@ -149,7 +166,8 @@ type Filter = Vec<sock_filter>;
 /// What every program inside runs under.
 pub fn program(memory_uncounted: bool) -> Filter {
     let mut filter = prologue();
-    for number in REFUSED {
+    let refused = REFUSED.iter().filter(|(guard, _)| guards::on(*guard)).flat_map(|(_, numbers)| *numbers);
+    for number in refused {
         filter.extend(on(*number, vec![give(REFUSE)]));
     }
     if memory_uncounted {
@@ -157,11 +175,17 @@ pub fn program(memory_uncounted: bool) -> Filter {
             filter.extend(on(*number, vec![give(REFUSE)]));
         }
     }
-    filter.extend(on(libc::SYS_clone3, vec![give(ABSENT)]));
-    filter.extend(on(libc::SYS_clone, refuse_any_bit(argument(0), NAMESPACES as u32)));
-    filter.extend(on(libc::SYS_ioctl, refuse_any_of(argument(1), &TERMINAL_INPUT)));
-    filter.extend(on(libc::SYS_socket, sockets()));
-    filter.extend(on(libc::SYS_socketpair, socket_pairs()));
+    if guards::on(Guard::Namespaces) {
+        filter.extend(on(libc::SYS_clone3, vec![give(ABSENT)]));
+        filter.extend(on(libc::SYS_clone, refuse_any_bit(argument(0), NAMESPACES as u32)));
+    }
+    if guards::on(Guard::Terminal) {
+        filter.extend(on(libc::SYS_ioctl, refuse_any_of(argument(1), &TERMINAL_INPUT)));
+    }
+    if guards::on(Guard::SocketFamilies) {
+        filter.extend(on(libc::SYS_socket, sockets()));
+        filter.extend(on(libc::SYS_socketpair, socket_pairs()));
+    }
     filter.push(give(ALLOW));
     filter
 }

@@ -94,7 +94,7 @@ fn clone_makes_processes_and_threads_and_no_namespace() {
 
 #[test]
 fn every_listed_call_is_refused_and_ordinary_ones_pass() {
-    for number in REFUSED {
+    for number in REFUSED.iter().flat_map(|(_, numbers)| *numbers) {
         assert_eq!(asked(*number, &[]), REFUSE, "{number}");
     }
     for number in [libc::SYS_read, libc::SYS_execve, libc::SYS_connect, libc::SYS_memfd_create, libc::SYS_ioctl] {

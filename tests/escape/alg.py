@@ -1,0 +1,3 @@
+def attempt():
+    with socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET) as s:
+        s.bind(("hash", "sha256"))

@@ -1,0 +1,2 @@
+def attempt():
+    tcp(socket.AF_INET, V4, protocol=132)

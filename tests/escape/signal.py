@@ -1,0 +1,2 @@
+def attempt():
+    os.kill(p["victim"]["pid"], 0)

@@ -1,0 +1,2 @@
+def attempt():
+    socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()

@@ -1,0 +1,2 @@
+def attempt():
+    socket.socket(44, socket.SOCK_RAW).close()
