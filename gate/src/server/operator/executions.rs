@@ -42,6 +42,10 @@ fn asked(body: &[u8]) -> Result<Asked, String> {
     if body.is_empty() {
         return Ok(Asked::default());
     }
+    // A list would be taken for the members in their order.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err("the body must be a JSON object".to_owned());
+    }
     let asked: Asked = serde_json::from_slice(body).map_err(|error| error.to_string())?;
     match &asked.reason {
         Some(reason) if reason.is_empty() || reason.chars().count() > MAX_REASON_CHARS => {
