@@ -4,6 +4,7 @@ mod actions;
 mod client;
 mod doctor;
 mod egress;
+mod executions;
 mod receipts;
 mod selftest;
 mod serve;
@@ -49,6 +50,9 @@ enum Command {
     /// Who contacted what, what each action may reach, and why something was refused.
     #[command(subcommand)]
     Egress(egress::Command),
+    /// What runs at this moment, and ending it.
+    #[command(subcommand)]
+    Executions(executions::Command),
     /// What was recorded: list, show, and verify offline.
     #[command(subcommand)]
     Receipts(receipts::Command),
@@ -82,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Actions(command) => actions::run(&command),
         Command::Egress(command) => egress::run(&command),
+        Command::Executions(command) => executions::run(&command),
         Command::Receipts(command) => receipts::run(&command),
     };
     match done {

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod egress;
+pub mod executions;
 pub mod files;
 pub mod gate;
 pub mod guards;

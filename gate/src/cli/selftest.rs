@@ -3,7 +3,7 @@
 use std::io::IsTerminal as _;
 
 use clap::Args;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::client::OperatorArguments;
 use super::egress::plain;
@@ -24,7 +24,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<(), Failure> {
-    let result = if arguments.last { arguments.operator.get(PATH)? } else { arguments.operator.post(PATH)? };
+    let result =
+        if arguments.last { arguments.operator.get(PATH)? } else { arguments.operator.post(PATH, &json!({}))? };
     if std::io::stdout().is_terminal() && !arguments.json {
         print(&table(&result))?;
     } else {

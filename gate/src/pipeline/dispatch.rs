@@ -19,6 +19,7 @@ use crate::egress::flow::{FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
 use crate::egress::kernel::KernelCounts;
 use crate::egress::profile::{EntryProtocol, Profile};
+use crate::executions::{Killed, Registered};
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
@@ -49,6 +50,8 @@ pub struct Outcome {
     pub(super) grant: Grant,
     pub(super) interpreted: interpret::Interpreted,
     pub(super) completed: Option<Completed>,
+    /// Set when an operator ended it.
+    pub(super) killed: Option<Killed>,
     pub(super) egress: EgressEvidence,
     pub(super) finished_at: Timestamp,
 }
@@ -113,19 +116,25 @@ impl Summary {
 
 /// Runs what was granted. Always comes back with an outcome: what failed has a receipt too.
 pub async fn run(gate: &Gate, grant: Grant, ids: &Ids) -> Outcome {
-    let (completed, egress) = match unless_it_panics(execute(gate, &grant, ids)).await {
+    let execution = gate.executions.register(grant.execution(ids));
+    let (completed, egress) = match unless_it_panics(execute(gate, &grant, ids, &execution)).await {
         Some(ran) => ran,
         None => (
             Err(NotCompleted::Unknown("the gate panicked".to_owned())),
             EgressEvidence { incomplete: true, ..EgressEvidence::default() },
         ),
     };
-    let interpreted = match &completed {
-        Ok(completed) => interpret::interpret(grant.decision().call().manifest(), completed, &egress.flows),
-        Err(NotCompleted::NotStarted(message)) => interpret::Interpreted::not_started(message),
-        Err(NotCompleted::Unknown(message)) => interpret::Interpreted::unknown(message),
+    let killed = execution.ending();
+    drop(execution);
+    let interpreted = match (&completed, &killed) {
+        // Also where it had come to its end by itself in the same moment: the operator was told that nobody gets it.
+        (Ok(_), Some(killed)) => interpret::Interpreted::killed(killed, true),
+        (Err(NotCompleted::NotStarted(_)), Some(killed)) => interpret::Interpreted::killed(killed, false),
+        (Ok(completed), None) => interpret::interpret(grant.decision().call().manifest(), completed, &egress.flows),
+        (Err(NotCompleted::NotStarted(message)), None) => interpret::Interpreted::not_started(message),
+        (Err(NotCompleted::Unknown(message)), _) => interpret::Interpreted::unknown(message),
     };
-    Outcome { grant, interpreted, completed: completed.ok(), egress, finished_at: Timestamp::now() }
+    Outcome { grant, interpreted, completed: completed.ok(), killed, egress, finished_at: Timestamp::now() }
 }
 
 /// A panic must not cost the receipt. What the future held has been dropped then, the leaf included.
@@ -140,21 +149,23 @@ async fn unless_it_panics<T>(future: impl Future<Output = T>) -> Option<T> {
 
 type Ran = (Result<Completed, NotCompleted>, EgressEvidence);
 
-async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> Ran {
+async fn execute(gate: &Gate, grant: &Grant, ids: &Ids, execution: &Registered) -> Ran {
     let not_started = |message: String| (Err(NotCompleted::NotStarted(message)), EgressEvidence::default());
     if gate.selftest.holds_back() {
         return not_started("the gate's self-test has not passed".to_owned());
     }
     // Waiting for a place is bounded by the grant: a call that is too late is not started.
-    let place = match tokio::time::timeout(grant.deadline(), gate.places.acquire()).await {
-        Ok(Ok(place)) => place,
-        _ => return not_started("no place for another execution".to_owned()),
+    let place = tokio::select! {
+        place = tokio::time::timeout(grant.deadline(), gate.places.acquire()) => place,
+        () = execution.killed() => return not_started("killed while it waited".to_owned()),
     };
+    let Ok(Ok(place)) = place else { return not_started("no place for another execution".to_owned()) };
     let leaf = match gate.cgroups.leaf() {
         Ok(leaf) => leaf,
         Err(error) => return not_started(error.to_string()),
     };
-    let ran = confined(gate, grant, ids, &leaf).await;
+    execution.running(leaf.id().0);
+    let ran = confined(gate, grant, ids, &leaf, execution).await;
     // One that would not die is tried once more, and that waits.
     let _ = tokio::task::spawn_blocking(move || drop(leaf)).await;
     drop(place);
@@ -174,7 +185,7 @@ impl Drop for Traces<'_> {
     }
 }
 
-async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
+async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf, execution: &Registered) -> Ran {
     let decision = grant.decision();
     // The worker makes one connection: what the proxy decides about it is decided about the call.
     let is_http = matches!(decision.call().prepared(), Prepared::Http(_));
@@ -190,7 +201,17 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
         first_decision: is_http.then(|| ids.decision_id.clone()),
         decision_id: &ids.decision_id,
     };
-    hold(gate, leaf, held, || job(gate, grant), gate.cancelled()).await
+    let cancelled = async {
+        tokio::select! {
+            () = gate.cancelled() => {}
+            () = execution.killed() => {}
+        }
+    };
+    // Once it has ended, how it ended is settled: a kill that comes then comes too late.
+    let ended = || {
+        execution.ending();
+    };
+    hold(gate, leaf, held, || job(gate, grant), cancelled, ended).await
 }
 
 /// Whose a leaf is, and what holds it.
@@ -209,6 +230,7 @@ async fn hold(
     Held { owner, profile, time, first_decision, decision_id }: Held<'_>,
     job: impl FnOnce() -> Result<Job, String>,
     cancelled: impl Future<Output = ()>,
+    ended: impl FnOnce(),
 ) -> Ran {
     let traces = Traces { gate, leaf: leaf.id() };
     gate.refusals.expect(leaf.id(), owner.clone());
@@ -226,6 +248,7 @@ async fn hold(
             }
         },
     };
+    ended();
     let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
     let doomed = leaf.clone();
     let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;

@@ -101,7 +101,18 @@ impl Targets {
             *port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?.local_addr()?.port();
             tasks.spawn(call(*port, run, note("inbound")));
         }
-        Ok(Self { addresses, inbound, dns, at, unix_path, _directory: directory, unix_abstract, tokens, heard, _tasks: tasks })
+        Ok(Self {
+            addresses,
+            inbound,
+            dns,
+            at,
+            unix_path,
+            _directory: directory,
+            unix_abstract,
+            tokens,
+            heard,
+            _tasks: tasks,
+        })
     }
 
     pub fn has(&self, technique: &str) -> bool {

@@ -51,7 +51,7 @@ pub async fn run(gate: &Gate, profile: &Profile, order: &Order) -> Result<(Vec<u
         scratch_bytes: gate.config.sandbox.scratch_bytes,
     };
     let job = || Ok(Job { program: Program::Attempts, stdin, limits, network: gate.network, trust_pem: None });
-    let (completed, evidence) = hold(gate, &leaf, held, job, gate.cancelled()).await;
+    let (completed, evidence) = hold(gate, &leaf, held, job, gate.cancelled(), || ()).await;
     let _ = tokio::task::spawn_blocking(move || drop(leaf)).await;
     drop(place);
     match completed {
