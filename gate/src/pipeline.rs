@@ -7,7 +7,7 @@
 //! `Request → Caller → ResolvedAction → ValidCall → Decision → Grant → Outcome → Receipt`
 //!
 //! Skipping one does not compile. There is no second way to the sandbox: only [`dispatch`] starts one, and it takes a
-//! [`grant::Grant`].
+//! [`grant::Grant`]; without one it runs the gate's own attempts at itself, and nothing else ([`dispatch::attempts`]).
 //!
 //! ```
 //! # use latchgate::pipeline::{authenticate::Caller, authorise::Decision, dispatch, grant::Grant, validate::ValidCall};
