@@ -14,9 +14,10 @@ use serde_json::{Value, json};
 
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
 use crate::egress::LeafId;
-use crate::egress::flow::{FlowRecord, Verdict};
+use crate::egress::agreement::{self, Moment};
+use crate::egress::flow::{Agreement, FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
-use crate::egress::kernel::KernelCounts;
+use crate::egress::kernel::{KernelCounts, boottime_ns};
 use crate::egress::profile::EntryProtocol;
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
@@ -71,7 +72,10 @@ impl From<SandboxError> for NotCompleted {
 #[derive(Debug, Default)]
 pub struct EgressEvidence {
     pub counts: Option<KernelCounts>,
+    /// Each connection with what kernel and proxy counted of it, and each name that was refused.
     pub flows: Vec<FlowRecord>,
+    /// The worst of the flows' agreements; `None` when nothing was compared.
+    pub agreement: Option<Agreement>,
     /// What the kernel refused, one by one.
     pub refusals: Vec<Arc<KernelRefusal>>,
     /// Set when a part of the evidence could not be had.
@@ -182,10 +186,11 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
         workspace: gate.config.workspace.clone(),
     };
     gate.refusals.expect(leaf.id(), owner.clone());
+    let before = gate.flows.newest();
     // The worker makes one connection: what the proxy decides about it is decided about the call.
     let is_http = matches!(decision.call().prepared(), Prepared::Http(_));
     let first_decision = is_http.then(|| ids.decision_id.clone());
-    let mut services = Services::open(gate, leaf.id(), owner, decision.profile(), first_decision);
+    let mut services = Services::open(gate, leaf.id(), owner.clone(), decision.profile(), first_decision);
     // A program that was detached since the start would hold nothing: then nothing runs.
     let held = || gate.enforcer.health();
     let deadline = grant.deadline() + ENTRY_GRACE;
@@ -201,16 +206,25 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
         },
     };
     let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
+    let killed_ns = completed.as_ref().ok().and_then(|completed| completed.killed_ns).unwrap_or_else(boottime_ns);
     let doomed = leaf.clone();
     let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
     egress.flows = services.close().await;
-    match gate.enforcer.retire(leaf.id()) {
-        Ok(counts) => egress.counts = Some(counts),
+    let connections = match gate.enforcer.retire_with_connections(leaf.id()) {
+        Ok((counts, connections)) => {
+            egress.counts = Some(counts);
+            egress.incomplete |= connections.lost > 0;
+            Some(connections)
+        }
         Err(error) => {
             tracing::error!(%error, decision_id = ids.decision_id, "the kernel's counts are lost");
             egress.incomplete = true;
+            None
         }
-    }
+    };
+    let worst = agreement::join(&mut egress.flows, connections.as_ref(), &owner, killed_ns, Moment::now());
+    egress.agreement = Some(worst);
+    gate.flows.compared(&egress.flows, before);
     let (counted, lost) = egress.counts.as_ref().map_or((0, 0), |counts| (counts.denied.total(), counts.events_lost));
     let collected = gate.refusals.take(leaf.id(), counted, lost).await;
     std::mem::forget(traces);
