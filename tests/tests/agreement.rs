@@ -104,7 +104,7 @@ impl World {
         }
         let port = origin();
         let egress = format!(
-            "{{profile: proxy_allowlist, allowed_domains: [{{domain: {NAME}, ports: [{port}], protocol: tcp}}]}}"
+            "{{profile: proxy_allowlist, allowed_domains: [{{domain: {NAME}, ports: [{port}], protocol: tcp, exact: true}}]}}"
         );
         let script = RUN.trim().replace('\n', "\n      ");
         let short = format!(

@@ -471,10 +471,13 @@ fn burst_carried(port: u16, count: usize, tag: u64) -> std::io::Result<String> {
 /// Says what it is going to send and wants, does so, and ends it.
 fn sized(stream: &mut TcpStream, tag: u64, send: usize, want: usize) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-    for word in [tag, u64::try_from(send).unwrap(), u64::try_from(want).unwrap()] {
-        stream.write_all(&word.to_be_bytes())?;
-    }
-    stream.write_all(&vec![1; send])?;
+    // In one piece: the rest of many small ones would wait for an acknowledgement.
+    let mut message: Vec<u8> = [tag, u64::try_from(send).unwrap(), u64::try_from(want).unwrap()]
+        .into_iter()
+        .flat_map(u64::to_be_bytes)
+        .collect();
+    message.resize(message.len() + send, 1);
+    stream.write_all(&message)?;
     stream.read_exact(&mut vec![0; want])
 }
 
