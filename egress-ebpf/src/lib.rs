@@ -17,6 +17,10 @@ pub const MAX_FLOWS: usize = 65_536;
 /// Connections of one leaf that have not ended; the next connect is refused, so that a leaf cannot fill the map of
 /// flows for the others.
 pub const MAX_FLOWS_PER_LEAF: u64 = 2_048;
+/// Connections of one leaf that are recorded one by one, as many as the proxy records; what comes after is only counted.
+pub const MAX_CONNECTIONS_PER_LEAF: u64 = 4_096;
+/// Records of connections of all leaves together, until their leaves are retired.
+pub const MAX_CONNECTIONS: usize = 262_144;
 /// Bytes of the ring buffer of events.
 pub const EVENT_BYTES: usize = 1 << 19;
 /// Events that one leaf can put in the ring buffer; what comes after is only counted, so that a noisy leaf cannot hide
@@ -30,6 +34,12 @@ pub const MAX_REACH_PER_LEAF: usize = 4_096;
 pub const MAX_QUERIES: usize = 65_536;
 /// Of them, those of one leaf; the next is refused, so that a leaf cannot fill the map for the others.
 pub const MAX_QUERIES_PER_LEAF: u64 = 256;
+/// DNS queries that a leaf can send at once, repeated ones included, and each second for as long as it goes on; the next
+/// is refused, so that a leaf cannot fill the resolver's buffers for the others. A long query counts for several.
+pub const QUERIES_BURST: u64 = 512;
+pub const QUERIES_PER_SECOND: u64 = 512;
+/// Bytes of an IP packet that count as one query more.
+pub const QUERY_BYTES: u32 = 1_024;
 /// DNS servers that one socket can ask: one port of the resolver stands for each.
 pub const MAX_SLOTS: usize = 8;
 /// Where every DNS server listens (RFC 1035 §4.2).
@@ -110,10 +120,12 @@ pub enum Reason {
     TooManyQueries = 15,
     /// Another leaf or socket has a DNS query under way that the resolver could not tell from this one.
     QueryInFlight = 16,
+    /// The leaf sends DNS queries faster than [`QUERIES_PER_SECOND`].
+    QueryRate = 17,
 }
 
 impl Reason {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::NoEntry,
         Self::Expired,
         Self::ForeignGeneration,
@@ -130,6 +142,7 @@ impl Reason {
         Self::TooManyServers,
         Self::TooManyQueries,
         Self::QueryInFlight,
+        Self::QueryRate,
     ];
 }
 
@@ -194,6 +207,8 @@ pub struct Counts {
     pub events_lost: u64,
     /// DNS queries of which a record was made for the resolver.
     pub queries: u64,
+    /// Connections that have no record, or whose record does not say how they ended.
+    pub connections_lost: u64,
 }
 
 /// One refusal.
@@ -248,6 +263,52 @@ pub struct FlowRecord {
     /// The key again, first: an element that was freed and reused while it was being read does not match afterwards.
     pub key: FlowKey,
     pub leaf: u64,
+    /// Of its [`Connection`].
+    pub number: u64,
+    pub original: Destination,
+}
+
+/// `ClientSocket::number`, `AcceptedSocket::number`: the connection has no record.
+pub const NO_NUMBER: u64 = u64::MAX;
+
+/// Which connection of which leaf. A leaf's connections are numbered from 0 in the order in which they began, so that a
+/// port or a socket that is used again is another connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ConnectionKey {
+    pub leaf: u64,
+    pub number: u64,
+}
+
+/// `Connection::state`: begun, and not ended by its client.
+pub const CONNECTION_OPEN: u32 = 0;
+/// `Connection::state`: its client sends no more; the figures are those of that moment.
+pub const CONNECTION_ENDING: u32 = 1;
+/// `Connection::state`: reached TCP_CLOSE; the figures are final.
+pub const CONNECTION_CLOSED: u32 = 2;
+/// `Connection::state`: reached TCP_CLOSE without ever having been established.
+pub const CONNECTION_FAILED: u32 = 3;
+
+/// What one connection of a leaf carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Connection {
+    /// The client's socket, never used again while the machine runs (SO_COOKIE): an element that was freed and reused
+    /// while it was being read, or that is an earlier admission's of the same leaf, does not match.
+    pub socket: u64,
+    pub netns_cookie: u64,
+    /// On CLOCK_BOOTTIME.
+    pub begun_ns: u64,
+    /// When the client's end stopped sending, by a close, a reset or its death; 0 in [`CONNECTION_OPEN`].
+    pub ended_ns: u64,
+    /// Payload that the peer acknowledged.
+    pub bytes_sent: u64,
+    /// Payload that arrived in order.
+    pub bytes_received: u64,
+    /// As in [`FlowKey`].
+    pub client_ip: [u32; 4],
+    pub client_port: u32,
+    pub state: u32,
     pub original: Destination,
 }
 
@@ -260,6 +321,8 @@ pub struct ClientSocket {
     /// Sequence number after the peer's FIN, when `fin_seen` is not zero.
     pub fin_end: u32,
     pub fin_seen: u32,
+    /// Of the [`Connection`] that it is or last was.
+    pub number: u64,
     /// Where a carried connection was meant to go; no family when it was meant for the proxy.
     pub original: Destination,
 }
@@ -279,6 +342,8 @@ pub struct AskedServers {
 #[repr(C)]
 pub struct AcceptedSocket {
     pub leaf: u64,
+    /// Of the [`Connection`] that the client's end has.
+    pub number: u64,
     /// Where the client meant to go; no family when it meant the proxy.
     pub original: Destination,
 }

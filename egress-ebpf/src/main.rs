@@ -25,9 +25,10 @@ use aya_ebpf::macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext};
 use egress_ebpf::guard::Guard;
 use egress_ebpf::{
-    AcceptedSocket, AskedServers, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, FlowRecord,
-    HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD,
-    MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey, QueryRecord, ReachKey, Reason,
+    AcceptedSocket, AskedServers, ClientSocket, Connection, ConnectionKey, Control, Counts, EVENT_BYTES, Event,
+    FlowKey, FlowRecord, HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY,
+    LeafEntry, MAPPED_WORD, MAX_CONNECTIONS, MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey,
+    QueryRecord, ReachKey, Reason,
 };
 
 use crate::guards::on;
@@ -56,6 +57,9 @@ static LEAVES: HashMap<u64, LeafEntry, MAX_LEAVES, NO_PREALLOC> = HashMap::new()
 static COUNTS: HashMap<u64, Counts, { MAX_LEAVES + 1 }, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static FLOWS: HashMap<FlowKey, FlowRecord, MAX_FLOWS, NO_PREALLOC> = HashMap::new();
+/// What each connection carried, until its leaf is retired.
+#[btf_map]
+static CONNECTIONS: HashMap<ConnectionKey, Connection, MAX_CONNECTIONS, NO_PREALLOC> = HashMap::new();
 /// What leaves with an allowlist may reach. A value is the leaf of its key.
 #[btf_map]
 static REACH: LpmTrie<ReachKey, u64, MAX_REACH> = LpmTrie::new();
@@ -65,6 +69,9 @@ static QUERIES: HashMap<QueryKey, QueryRecord, MAX_QUERIES, NO_PREALLOC> = HashM
 /// How many records of a leaf have been taken; written by the gate alone.
 #[btf_map]
 static TAKEN: HashMap<u64, u64, MAX_LEAVES, NO_PREALLOC> = HashMap::new();
+/// When a leaf's allowance of DNS queries is whole again, on CLOCK_BOOTTIME.
+#[btf_map]
+static PACE: HashMap<u64, u64, MAX_LEAVES, NO_PREALLOC> = HashMap::new();
 /// On UDP sockets that have asked a DNS server.
 #[btf_map]
 static SERVERS: SkStorage<AskedServers> = SkStorage::new();

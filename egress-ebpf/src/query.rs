@@ -9,14 +9,17 @@ use aya_ebpf::bindings::{BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext};
 use egress_ebpf::guard::Guard;
-use egress_ebpf::{DNS_PORT, Destination, MAX_QUERIES_PER_LEAF, MAX_SLOTS};
+use egress_ebpf::{
+    DNS_PORT, Destination, MAX_QUERIES_PER_LEAF, MAX_SLOTS, QUERIES_BURST, QUERIES_PER_SECOND, QUERY_BYTES,
+};
 
 use crate::guards::on;
 use crate::packet::{self, Endpoint, Header};
-use crate::refuse::{Refusal, add, refuse};
+use crate::refuse::{Refusal, add, exchange, refuse};
 use crate::{
     AF_INET, ALLOW, AskedServers, COUNTS, ClientSocket, Control, DENY, Hook, IPPROTO_UDP, KIND_ALLOWLIST, KIND_NONE,
-    QUERIES, QueryKey, QueryRecord, Reason, SERVERS, TAKEN, client_of, control, current_leaf, kind_of, now_ns, word,
+    PACE, QUERIES, QueryKey, QueryRecord, Reason, SERVERS, TAKEN, client_of, control, current_leaf, kind_of, now_ns,
+    word,
 };
 
 /// Once for each slot, with its number as a constant: an offset that is computed is refused without CAP_PERFMON.
@@ -204,6 +207,7 @@ pub fn on_packet(
     if matches!(hook, Hook::Ingress) {
         return Ok(());
     }
+    keep_pace(leaf, word!(ctx.skb.skb, len))?;
     let Some(id) = packet::dns_id(ctx, header.transport) else { return Err(Reason::Malformed) };
     let key = QueryKey {
         netns_cookie: netns_of(stored),
@@ -214,6 +218,33 @@ pub fn on_packet(
         reserved: 0,
     };
     write_down(leaf, &key, &server)
+}
+
+const EACH_NS: u64 = 1_000_000_000 / QUERIES_PER_SECOND;
+const WHOLE_NS: u64 = EACH_NS * QUERIES_BURST;
+/// More than the CPUs of a leaf that send at the same moment; what comes between then is refused.
+const TRIES: usize = 4;
+
+/// Takes a query out of the leaf's allowance, kept as the time at which that is whole again (the generic cell rate
+/// algorithm, ATM Forum TM 4.0 §4.4).
+#[inline(always)]
+fn keep_pace(leaf: u64, length: u32) -> Result<(), Reason> {
+    let Some(whole_at) = PACE.get_ptr_mut(leaf) else { return Err(Reason::NoEntry) };
+    let takes = EACH_NS * (1 + u64::from(length / QUERY_BYTES));
+    let now = now_ns();
+    for _ in 0..TRIES {
+        // SAFETY: a map's value that was looked up in this run. When its element is reused meanwhile, another leaf has one
+        // query less for a moment.
+        let held = unsafe { read_volatile(whole_at) };
+        let from = if held > now { held } else { now };
+        if from + takes > now + WHOLE_NS {
+            return Err(Reason::QueryRate);
+        }
+        if exchange(whole_at, held, from + takes) {
+            return Ok(());
+        }
+    }
+    Err(Reason::QueryRate)
 }
 
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! A refusal: counted for its leaf, told to the gate.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use core::mem::MaybeUninit;
 use core::ptr::{read_volatile, write_volatile};
 
@@ -22,6 +22,20 @@ pub fn add(counter: *mut u64, amount: u64) {
     // SAFETY: points to an aligned word of a map's value; other CPUs add to it in the same way.
     // The target has no compare-and-swap, so `AtomicU64` has no `fetch_add` here.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, amount) };
+}
+
+/// Adds one and gives what was there before.
+#[inline(always)]
+pub fn take_number(counter: *mut u64) -> u64 {
+    // SAFETY: as in `add`.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(counter, 1) }
+}
+
+/// Writes `new` when `old` is there still.
+#[inline(always)]
+pub fn exchange(word: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: as in `add`.
+    unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word, old, new).1 }
 }
 
 /// The counters of a leaf, or the common ones of what has no entry.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 pub mod address;
+pub mod agreement;
 pub mod client_hello;
 pub mod explain;
 pub mod flow;
@@ -33,6 +34,10 @@ pub struct Caller {
 pub trait Attribution: Send + Sync {
     /// `None` when the kernel has no record, and then it gets no service.
     fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller>;
+
+    /// Which of its leaf's connections it is, by which the kernel's figures of it are found; `None` when the kernel keeps
+    /// none of it.
+    fn connection_of(&self, accepted: BorrowedFd<'_>) -> Option<u64>;
 
     /// The caller's leaf alone.
     fn leaf_of(&self, accepted: BorrowedFd<'_>) -> Option<LeafId> {

@@ -100,6 +100,10 @@ impl Attribution for Later {
     fn caller(&self, accepted: BorrowedFd<'_>) -> Option<Caller> {
         self.0.get()?.caller(accepted)
     }
+
+    fn connection_of(&self, accepted: BorrowedFd<'_>) -> Option<u64> {
+        self.0.get()?.connection_of(accepted)
+    }
 }
 
 impl DatagramAttribution for Later {

@@ -120,6 +120,8 @@ pub struct Completed {
     pub stderr: Vec<u8>,
     pub stderr_truncated: bool,
     pub duration: Duration,
+    /// CLOCK_BOOTTIME, when the gate began to kill it; `None` when it ended by itself.
+    pub killed_ns: Option<u64>,
     /// SHA-256 of what ran: the gate's own executable for the HTTP worker, the JCS form of the list of sealed copies
     /// (`[{path, sha256}]`) for a command.
     pub module_digest: String,

@@ -188,8 +188,8 @@ fn emit(text: &str) -> Result<bool, Failure> {
 
 fn head() -> String {
     format!(
-        "{:<25}{:<8}{:<10}{:<18}{:<14}{:<34}{:<9}{:<24}{:>9}{:>10}  {}\n",
-        "TIME", "VERDICT", "BY", "ACTION", "PRINCIPAL", "TO", "PROTOCOL", "RULE", "OUT", "IN", "DECISION"
+        "{:<25}{:<8}{:<10}{:<18}{:<14}{:<34}{:<9}{:<24}{:>9}{:>10}  {:<14}{}\n",
+        "TIME", "VERDICT", "BY", "ACTION", "PRINCIPAL", "TO", "PROTOCOL", "RULE", "OUT", "IN", "KERNEL", "DECISION"
     )
 }
 
@@ -210,7 +210,7 @@ fn row(flow: &Value) -> String {
         error => error,
     };
     format!(
-        "{:<24} {:<7} {:<9} {:<17} {:<13} {:<33} {:<8} {:<23} {:>9} {:>9}  {}\n",
+        "{:<24} {:<7} {:<9} {:<17} {:<13} {:<33} {:<8} {:<23} {:>9} {:>9}  {:<13} {}\n",
         text("time"),
         text("verdict"),
         text("decided_by"),
@@ -221,6 +221,7 @@ fn row(flow: &Value) -> String {
         rule,
         bytes("bytes_from_sandbox"),
         bytes("bytes_to_sandbox"),
+        text("agreement"),
         text("decision_id")
     )
 }
@@ -282,6 +283,7 @@ fn explanation(answer: &Value) -> String {
         let by = part("/explanation/decided_by").unwrap_or_default();
         line(&part("/explanation/outcome").unwrap_or_default(), Some(format!("by the {by}: {rule}")));
         line("because", part("/explanation/because"));
+        line("kernel", one.get("flow").and_then(witnesses));
         line("change", part("/explanation/change/what"));
         line("manifest", part("/explanation/change/manifest"));
         line("or config", part("/explanation/change/configuration"));
@@ -301,6 +303,23 @@ fn explanation(answer: &Value) -> String {
         text.push_str(&format!("\nreceipt   {}\n", plain(receipt)));
     }
     text
+}
+
+/// What kernel and proxy counted of a connection; nothing of what was not compared.
+fn witnesses(flow: &Value) -> Option<String> {
+    let agreement = plain(flow.get("agreement")?.as_str()?).replace('_', " ");
+    let number = |path: &str| flow.pointer(path).and_then(Value::as_u64);
+    let proxy = [number("/bytes_from_sandbox"), number("/bytes_to_sandbox")].map(Option::unwrap_or_default);
+    Some(match (number("/kernel/bytes_sent"), number("/kernel/bytes_received")) {
+        (Some(sent), Some(received)) => format!(
+            "{agreement}: the kernel counted {sent} bytes out and {received} in, the proxy {} and {}",
+            proxy[0], proxy[1]
+        ),
+        _ => format!(
+            "{agreement}: the kernel has no figures, the proxy counted {} bytes out and {} in",
+            proxy[0], proxy[1]
+        ),
+    })
 }
 
 fn plain_lines(text: &str) -> String {
@@ -337,6 +356,19 @@ mod tests {
         assert!(row(&json!({"address": "2001:db8::1", "port": 443})).contains(" [2001:db8::1]:443 "));
         assert!(row(&json!({"name": "a.example", "address": "192.0.2.1", "port": 443})).contains(" a.example:443 "));
         assert!(row(&json!({"hook": "sock_create", "port": 0})).contains(" - "));
+    }
+
+    #[test]
+    fn a_disagreement_is_shown_with_both_figures() {
+        let flow = json!({"name": "a.example", "agreement": "disagree", "bytes_from_sandbox": 5, "bytes_to_sandbox": 90,
+            "kernel": {"bytes_sent": 5, "bytes_received": 70, "closed": true}});
+        assert!(row(&flow).contains(" disagree "), "{}", row(&flow));
+        let text = explanation(&json!({"flows": 1, "explained": [{"flow": flow, "explanation": {}}]}));
+        let line = "kernel    disagree: the kernel counted 5 bytes out and 70 in, the proxy 5 and 90";
+        assert!(text.contains(line), "{text}");
+        assert_eq!(witnesses(&json!({"agreement": null, "bytes_to_sandbox": 3})), None);
+        let unknown = witnesses(&json!({"agreement": "unknown", "kernel": null})).unwrap();
+        assert!(unknown.contains("the kernel has no figures"), "{unknown}");
     }
 
     #[test]

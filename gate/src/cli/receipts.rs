@@ -152,6 +152,10 @@ fn run_verify(arguments: &Verify) -> Result<(), Failure> {
         line("records", &report.total_events);
         line("links verified", &report.verified_links);
         line("receipts", &report.receipts);
+        for (word, receipts) in &report.agreement {
+            // What the signatures hold says of itself: no fault of the ledger.
+            line(&format!("  {}", word.replace('_', " ")), &format!("{receipts} (kernel and proxy)"));
+        }
         line("intents", &report.intents);
         line("open intents", &report.open_intents);
         line("end of the log", &json!(report.tail).as_str().unwrap_or_default());

@@ -54,6 +54,50 @@ pub struct FlowRecord {
     /// How many connections this record stands for: 1, or more for the one that stands for all past the limit of
     /// records an execution has.
     pub connections: u64,
+    /// The kernel's number for the connection among its leaf's; absent where this is no one connection, or the kernel has
+    /// no record of it.
+    #[serde(skip)]
+    pub connection: Option<u64>,
+    /// Whether the bytes are 0 because nobody counted.
+    #[serde(skip)]
+    pub uncounted: bool,
+    /// The sandbox leg as the kernel counted it at the client's socket. Absent until the execution is over, and where the
+    /// kernel has no record.
+    pub kernel: Option<KernelFigures>,
+    /// Whether that is what the proxy counted. Absent until the execution is over, and of what is no connection.
+    pub agreement: Option<Agreement>,
+}
+
+impl FlowRecord {
+    /// Whether this is of connections, and not of a query to the resolver.
+    pub fn is_connection(&self) -> bool {
+        self.decided_by != DecidedBy::Resolver
+    }
+}
+
+/// TCP payload of one connection as the kernel counted it at the client's socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct KernelFigures {
+    /// From the sandbox, as far as the proxy's end acknowledged it.
+    pub bytes_sent: u64,
+    /// To the sandbox, as far as it arrived.
+    pub bytes_received: u64,
+    /// Whether the connection reached TCP_CLOSE; otherwise the figures are a lower bound.
+    pub closed: bool,
+}
+
+/// Whether kernel and proxy counted the same payload on the sandbox leg, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Agreement {
+    /// To the byte, both ways.
+    Equal,
+    /// The connection was open when the execution was killed; the kernel's figures are a lower bound.
+    OpenAtKill,
+    /// One of the two has no figures.
+    Unknown,
+    /// They differ, as when a client hangs up before it has read what was sent.
+    Disagree,
 }
 
 /// What was asked of the proxy.

@@ -4,7 +4,7 @@
 //! It is bounded and in memory; receipts keep the flows of their executions for good. What is nobody's (a process that is
 //! no action's tried the proxy) has a ring of its own, so that it cannot push the actions' flows out.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, watch};
 
-use super::flow::{FlowRecord, Verdict};
+use super::flow::{DecidedBy, FlowRecord, Verdict};
 use super::kernel::KernelEvent;
 use crate::ids;
 use crate::time::Timestamp;
@@ -219,6 +219,8 @@ struct Books {
     attributed: Ring,
     unattributed: Ring,
     newest: u64,
+    /// Flows that were compared with the kernel before they came here, by decision id.
+    compared: HashMap<String, Arc<FlowRecord>>,
 }
 
 #[derive(Debug)]
@@ -247,7 +249,8 @@ fn first_number() -> u64 {
 
 impl Flows {
     fn starting_after(number: u64) -> Self {
-        let books = Books { attributed: Ring::new(), unattributed: Ring::new(), newest: number };
+        let books =
+            Books { attributed: Ring::new(), unattributed: Ring::new(), newest: number, compared: HashMap::new() };
         Self(Arc::new(Shared {
             books: Mutex::new(books),
             newest: watch::Sender::new(number),
@@ -263,6 +266,10 @@ impl Flows {
         }
         let number = {
             let mut books = self.books();
+            let noted = match books.compared.remove(noted.decision_id()) {
+                Some(record) => Noted::Connection(record),
+                None => noted,
+            };
             books.newest = books.newest.saturating_add(1);
             let number = books.newest;
             let (ring, most) = match noted.action_id() {
@@ -281,6 +288,41 @@ impl Flows {
             *newest = number.max(*newest);
             later
         });
+    }
+
+    /// The number of the newest flow.
+    pub fn newest(&self) -> u64 {
+        self.books().newest
+    }
+
+    /// Puts the flows of an execution that is over, as they were compared with the kernel's figures, in the place of what
+    /// was noted of them as they ended, with the same numbers. `before` is the newest when the execution began. A
+    /// connection that only the kernel saw is noted now.
+    pub fn compared(&self, flows: &[FlowRecord], before: u64) {
+        let mut alone = Vec::new();
+        let mut compared = HashMap::new();
+        for flow in flows.iter().filter(|flow| flow.agreement.is_some()) {
+            if flow.decided_by == DecidedBy::Hook {
+                alone.push(Noted::Connection(Arc::new(flow.clone())));
+            } else {
+                compared.insert(flow.decision_id.clone(), Arc::new(flow.clone()));
+            }
+        }
+        if !compared.is_empty() {
+            let mut books = self.books();
+            let from = books.attributed.partition_point(|(number, _)| *number <= before);
+            for (_, noted) in books.attributed.range_mut(from..) {
+                if let Some(record) = compared.remove(noted.decision_id()) {
+                    *noted = Noted::Connection(record);
+                }
+            }
+            // The rest is on its way here, or was lost on it: what is lost must not pile up.
+            if books.compared.len() + compared.len() > KEPT {
+                books.compared.clear();
+            }
+            books.compared.extend(compared);
+        }
+        alone.into_iter().for_each(|noted| self.note(noted));
     }
 
     /// Notes what the proxy records, until the proxy is gone.

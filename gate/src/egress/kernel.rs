@@ -14,6 +14,10 @@
 //! onto the socket that the gate accepts (`sock_ops` on the gate's own cgroup). [`Attribution::caller`] reads it from
 //! there. Nothing that the client says takes part.
 //!
+//! How much. A connection has a number among its leaf's, given when it begins, and a record under it, into which the
+//! program writes what the client's end carried when it closes. The accepted socket has the number too, so that the
+//! proxy's figures and the kernel's of one connection are found by one another ([`Attribution::connection_of`]).
+//!
 //! Carrying. A client that ignores proxies connects to an address. If the leaf reaches it ([`Enforcer::reach`]), the
 //! connect is sent to the proxy, the socket keeps where it was meant to go and `getpeername` says so, and the record
 //! tells the proxy. DNS over UDP goes to the resolver, one port ("slot") for each server that a socket asks, so that an
@@ -40,6 +44,7 @@ use tokio::sync::broadcast;
 use super::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey, LeafId};
 
 mod address;
+mod connections;
 mod counts;
 mod events;
 mod heartbeat;
@@ -53,8 +58,11 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
+pub use connections::{KernelConnection, KernelConnections};
 pub use counts::{Denied, KernelCounts};
 pub use events::KernelEvent;
+
+pub use sys::boottime_ns;
 
 use heartbeat::Heartbeat;
 use queries::Queries;
@@ -208,6 +216,7 @@ pub struct Enforcer {
     leaves: Mutex<HashMap<MapData, u64, pod::LeafEntry>>,
     counts: Mutex<HashMap<MapData, u64, pod::Counts>>,
     accepted: SkStorage<MapData, pod::AcceptedSocket>,
+    connections: Mutex<connections::Map>,
     reach: Mutex<Reach>,
     queries: Queries,
     generation: u64,
@@ -241,6 +250,7 @@ impl Enforcer {
             leaves: Mutex::new(loaded.leaves),
             counts: Mutex::new(loaded.counts),
             accepted: loaded.accepted,
+            connections: Mutex::new(loaded.connections),
             reach: Mutex::new(loaded.reach),
             queries,
             generation,
@@ -297,15 +307,37 @@ impl Enforcer {
     /// Takes the entry away, so that the leaf is closed, and then reads and deletes what was counted. To be called after
     /// the leaf's processes were killed and the proxy has closed and noted its connections.
     pub fn retire(&self, leaf: LeafId) -> Result<KernelCounts, KernelError> {
+        self.retire_with_connections(leaf).map(|(counts, _)| counts)
+    }
+
+    /// The same, and what each of the leaf's connections carried.
+    pub fn retire_with_connections(&self, leaf: LeafId) -> Result<(KernelCounts, KernelConnections), KernelError> {
         let removed = locked(&self.leaves).remove(&leaf.0);
         locked(&self.reach).retire(leaf);
         self.queries.retire(leaf);
-        let mut counts = locked(&self.counts);
-        let counted = counts.get(&leaf.0, 0);
-        let _ = counts.remove(&leaf.0);
+        let counted = {
+            let mut counts = locked(&self.counts);
+            let counted = counts.get(&leaf.0, 0);
+            let _ = counts.remove(&leaf.0);
+            counted
+        };
+        let connections = match &counted {
+            Ok(counted) => connections::of_leaf(&self.connections, leaf, &counted.0, true),
+            Err(_) => Ok(KernelConnections::default()),
+        };
         removed.map_err(|_| KernelError::NotAdmitted(leaf))?;
         let counted = counted.map_err(|source| KernelError::Map { map: "COUNTS", source })?;
-        Ok(counted.0.into())
+        Ok((counted.0.into(), connections?))
+    }
+
+    /// What each connection of an admitted leaf has carried so far; of those that go on, nothing is counted yet.
+    pub fn connections(&self, leaf: LeafId) -> Result<KernelConnections, KernelError> {
+        let counted = locked(&self.counts).get(&leaf.0, 0);
+        match counted {
+            Ok(counted) => connections::of_leaf(&self.connections, leaf, &counted.0, false),
+            Err(MapError::KeyNotFound) => Err(KernelError::NotAdmitted(leaf)),
+            Err(source) => Err(KernelError::Map { map: "COUNTS", source }),
+        }
     }
 
     /// What has been counted for an admitted leaf so far.
@@ -351,6 +383,11 @@ impl Attribution for Enforcer {
         let record = self.accepted.get(&accepted.as_raw_fd(), 0).ok()?.0;
         let original = address::destination(&record.original);
         (record.leaf != 0).then_some(Caller { leaf: LeafId(record.leaf), original })
+    }
+
+    fn connection_of(&self, accepted: BorrowedFd<'_>) -> Option<u64> {
+        let record = self.accepted.get(&accepted.as_raw_fd(), 0).ok()?.0;
+        (record.leaf != 0 && record.number != types::NO_NUMBER).then_some(record.number)
     }
 }
 

@@ -50,6 +50,8 @@ mod source;
 mod tunnel;
 
 pub use self::reply::DECISION_ID;
+#[cfg(test)]
+pub use self::session::blank as blank_for_tests;
 
 /// Connections of nobody that are told so at one time; more are closed without a word.
 const MAX_STRANGERS: usize = 32;
@@ -346,6 +348,7 @@ fn sweep(shared: &Arc<Shared>, listener: &TcpListener, whose: Option<LeafId>) {
 }
 
 fn take(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr, whose: Option<LeafId>) {
+    let number = shared.attribution.connection_of(stream.as_fd());
     let caller = shared.attribution.caller(stream.as_fd());
     #[cfg(feature = "test-guards")]
     let caller = caller.or_else(|| shared.registry.anybody());
@@ -355,14 +358,16 @@ fn take(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr, whose: Opti
             Some(leaf) if leaf != caller.leaf => Err("listener_mismatch"),
             _ => Ok(caller),
         })
-        .and_then(|caller| Ok((shared.registry.admit(caller.leaf, client).ok_or("no_session")?, caller.original)));
+        .and_then(|caller| {
+            Ok((shared.registry.admit(caller.leaf, client, number).ok_or("no_session")?, caller.original))
+        });
     match admitted {
         Ok((Ok(connection), original)) => {
             let shared = Arc::clone(shared);
             tokio::spawn(async move { connection::serve(connection, stream, original, &shared.means).await });
         }
         Ok((Err((state, full)), _)) => {
-            let decision_id = state.note_full(full, client);
+            let decision_id = state.note_full(full, client, number);
             let reply = Reply::denied("connection_limit", "this execution has made as many connections as it may");
             dismiss(shared, stream, reply.to_bytes(&decision_id, false));
         }

@@ -1,6 +1,6 @@
 //! Checks a ledger with nothing but the public keys: the file of a gate, running or dead, or an exported copy.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -63,6 +63,8 @@ pub struct VerifyReport {
     pub broken_at: Option<u64>,
     pub log_id: Option<String>,
     pub receipts: u64,
+    /// Receipts by what their evidence says of kernel and proxy (`agreement`); one without evidence is in none.
+    pub agreement: BTreeMap<String, u64>,
     pub intents: u64,
     /// Intents without a receipt: what runs now, or what a dead gate left and its next start will close.
     pub open_intents: u64,
@@ -243,6 +245,7 @@ struct Check<'a> {
     open: HashMap<String, OpenIntent>,
     used: HashSet<[u8; 32]>,
     receipts: u64,
+    agreement: BTreeMap<String, u64>,
     intents: u64,
     verified_links: u64,
     contents: Option<u64>,
@@ -271,6 +274,7 @@ impl<'a> Check<'a> {
             open: HashMap::new(),
             used: HashSet::new(),
             receipts: 0,
+            agreement: BTreeMap::new(),
             intents: 0,
             verified_links: 0,
             contents: None,
@@ -360,6 +364,10 @@ impl<'a> Check<'a> {
         match kind {
             Kind::Receipt => {
                 self.receipts += 1;
+                let evidence = record.get("egress_evidence").and_then(|evidence| evidence.get(0));
+                if let Some(word) = evidence.and_then(|summary| summary.get("agreement")).and_then(Value::as_str) {
+                    *self.agreement.entry(word.to_owned()).or_default() += 1;
+                }
                 match self.open.remove(&grant_id) {
                     None => self.problem(place, "it closes no open intent".into()),
                     Some(intent)
@@ -434,6 +442,7 @@ impl<'a> Check<'a> {
             broken_at: self.broken_at,
             log_id: self.log_id,
             receipts: self.receipts,
+            agreement: self.agreement,
             intents: self.intents,
             open_intents: u64::try_from(self.open.len()).unwrap_or(u64::MAX),
             contents: self.contents,

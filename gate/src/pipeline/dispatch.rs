@@ -15,9 +15,10 @@ use serde_json::{Value, json};
 
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
 use crate::egress::LeafId;
-use crate::egress::flow::{FlowRecord, Verdict};
+use crate::egress::agreement::{self, Moment};
+use crate::egress::flow::{Agreement, FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
-use crate::egress::kernel::KernelCounts;
+use crate::egress::kernel::{KernelCounts, boottime_ns};
 use crate::egress::profile::{EntryProtocol, Profile};
 use crate::executions::{Killed, Registered};
 use crate::gate::Gate;
@@ -75,7 +76,10 @@ impl From<SandboxError> for NotCompleted {
 #[derive(Debug, Default)]
 pub struct EgressEvidence {
     pub counts: Option<KernelCounts>,
+    /// Each connection with what kernel and proxy counted of it, and each name that was refused.
     pub flows: Vec<FlowRecord>,
+    /// The worst of the flows' agreements; `None` when nothing was compared.
+    pub agreement: Option<Agreement>,
     /// What the kernel refused, one by one.
     pub refusals: Vec<Arc<KernelRefusal>>,
     /// Set when a part of the evidence could not be had.
@@ -234,7 +238,8 @@ async fn hold(
 ) -> Ran {
     let traces = Traces { gate, leaf: leaf.id() };
     gate.refusals.expect(leaf.id(), owner.clone());
-    let mut services = Services::open(gate, leaf.id(), owner, profile, first_decision);
+    let before = gate.flows.newest();
+    let mut services = Services::open(gate, leaf.id(), owner.clone(), profile, first_decision);
     // A program that was detached since the start would hold nothing: then nothing runs.
     let held = || gate.enforcer.health();
     let admitted = held().and_then(|()| services::admit(gate, leaf.id(), profile, time + ENTRY_GRACE));
@@ -250,16 +255,25 @@ async fn hold(
     };
     ended();
     let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
+    let killed_ns = completed.as_ref().ok().and_then(|completed| completed.killed_ns).unwrap_or_else(boottime_ns);
     let doomed = leaf.clone();
     let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
     egress.flows = services.close().await;
-    match gate.enforcer.retire(leaf.id()) {
-        Ok(counts) => egress.counts = Some(counts),
+    let connections = match gate.enforcer.retire_with_connections(leaf.id()) {
+        Ok((counts, connections)) => {
+            egress.counts = Some(counts);
+            egress.incomplete |= connections.lost > 0;
+            Some(connections)
+        }
         Err(error) => {
             tracing::error!(%error, decision_id, "the kernel's counts are lost");
             egress.incomplete = true;
+            None
         }
-    }
+    };
+    let worst = agreement::join(&mut egress.flows, connections.as_ref(), &owner, killed_ns, Moment::now());
+    egress.agreement = Some(worst);
+    gate.flows.compared(&egress.flows, before);
     let (counted, lost) = egress.counts.as_ref().map_or((0, 0), |counts| (counts.denied.total(), counts.events_lost));
     let collected = gate.refusals.take(leaf.id(), counted, lost).await;
     std::mem::forget(traces);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::egress::flow::Verdict;
+use crate::egress::flow::{Agreement, Verdict};
 use crate::egress::flows::{Noted, RefusedCall};
 use crate::gate::Gate;
 use crate::ledger::{Content, EventDraft, ReceiptDraft};
@@ -90,18 +90,6 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     })
 }
 
-/// Whether the kernel's figures of the payload on the sandbox leg are the proxy's: `equal`; `open_at_kill` where a
-/// connection ended with the execution, so that the kernel's are a lower bound; `disagree` where they differ otherwise, as
-/// when a client hangs up before it has read what was sent. Both figures are beside it.
-fn agreement(egress: &EgressEvidence, sent: u64, received: u64) -> &'static str {
-    match &egress.counts {
-        None => "unknown",
-        Some(counts) if (counts.bytes_sent, counts.bytes_received) == (sent, received) => "equal",
-        Some(counts) if counts.open_flows > 0 => "open_at_kill",
-        Some(_) => "disagree",
-    }
-}
-
 /// The summary first, then the flows (API.md §2).
 fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
     let (mut sent, mut received, mut denied) = (0_u64, 0_u64, 0_u64);
@@ -119,7 +107,8 @@ fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Val
             "bytes_sent": sent,
             "bytes_received": received,
         },
-        "agreement": agreement(egress, sent, received),
+        // The worst of the flows': each has its own.
+        "agreement": egress.agreement.unwrap_or(Agreement::Unknown),
         "profile_hash": profile_hash,
         "program_hash": gate.enforcer.program_hash(),
         "not_seen": NOT_SEEN,

@@ -21,6 +21,7 @@ use super::spawner::{self, Child, Request, Spawner};
 use super::trust::TrustStore;
 use super::worker::root::{ETC_BINDS, HOST_BINDS};
 use super::{Completed, Exit, Job, Leaf, Limits, Program, SandboxError};
+use crate::egress::kernel::boottime_ns;
 
 mod prepare;
 
@@ -325,19 +326,20 @@ async fn execute(
     emptied?;
     spawner::collect(&child);
     uid.reusable = true;
-    let Carried { forced, stdout, stderr, stderr_truncated, statuses } = carried?;
+    let Carried { forced, killed_ns, stdout, stderr, stderr_truncated, statuses } = carried?;
 
     let exit = match forced {
         Some(exit) => exit,
         None => exit_of(&statuses)?,
     };
     let module_digest = prepared.module_digest;
-    Ok(Completed { exit, stdout, stderr, stderr_truncated, duration: started.elapsed(), module_digest })
+    Ok(Completed { exit, stdout, stderr, stderr_truncated, duration: started.elapsed(), killed_ns, module_digest })
 }
 
 struct Carried {
     /// An end that the gate brought about.
     forced: Option<Exit>,
+    killed_ns: Option<u64>,
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     stderr_truncated: bool,
@@ -349,6 +351,7 @@ impl Carried {
     const fn nothing(exit: Exit) -> Self {
         Self {
             forced: Some(exit),
+            killed_ns: None,
             stdout: Vec::new(),
             stderr: Vec::new(),
             stderr_truncated: false,
@@ -400,12 +403,12 @@ async fn carry(
         })
     };
     let (mut all, mut overflowed) = (pin!(all), pin!(overflowed));
-    let (mut forced, mut give_up) = (None, None);
+    let (mut forced, mut killed_ns, mut give_up) = (None, None, None);
     loop {
         let why = tokio::select! {
             biased;
             ((), (), stdout, (stderr, whole), statuses, ()) = &mut all => {
-                return Ok(Carried { forced, stdout, stderr, stderr_truncated: !whole, statuses });
+                return Ok(Carried { forced, killed_ns, stdout, stderr, stderr_truncated: !whole, statuses });
             }
             Ok(()) = &mut overflowed, if forced.is_none() => Exit::OutputTooLarge,
             _ = &mut *stopped, if forced.is_none() => Exit::Cancelled,
@@ -415,6 +418,7 @@ async fn carry(
             }
         };
         forced = Some(why);
+        killed_ns = Some(boottime_ns());
         give_up = Some(Instant::now() + KILL_WAIT);
         child.kill();
         leaf.signal_kill()?;

@@ -270,6 +270,13 @@ fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
             ok
         }
         "ask-many" => ask_many(number(1), words[2].parse().unwrap()),
+        "burst-sized" => burst_sized(words[1].parse().unwrap(), number(2), words[3].parse().unwrap()),
+        "reuse-port" => reuse_port(words[1], words[2].parse().unwrap(), number(3), words[4].parse().unwrap()),
+        // The same query again and again; says how many were not refused.
+        "udp-flood" => {
+            let udp = state.udp.as_ref().unwrap();
+            Ok((0..number(2)).filter(|_| query(udp, words[1], 1).is_ok()).count().to_string())
+        }
         "burst" => burst(words[1].parse().unwrap(), number(2), words[3].parse().unwrap()),
         "transfer" => transfer(words[1], words[2], number(3), number(4)),
         "load" => {
@@ -457,6 +464,50 @@ fn burst_carried(port: u16, count: usize, tag: u64) -> std::io::Result<String> {
         if at % 2 == 0 {
             stream.read_exact(&mut [0; 1])?;
         }
+    }
+    Ok(count.to_string())
+}
+
+/// Says what it is going to send and wants, does so, and ends it.
+fn sized(stream: &mut TcpStream, tag: u64, send: usize, want: usize) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    // In one piece: the rest of many small ones would wait for an acknowledgement.
+    let mut message: Vec<u8> = [tag, u64::try_from(send).unwrap(), u64::try_from(want).unwrap()]
+        .into_iter()
+        .flat_map(u64::to_be_bytes)
+        .collect();
+    message.resize(message.len() + send, 1);
+    stream.write_all(&message)?;
+    stream.read_exact(&mut vec![0; want])
+}
+
+/// `count` connections to the proxy at `port`, v4, v6 and mapped in turn, of which no two in a row carry the same.
+fn burst_sized(port: u16, count: usize, tag: u64) -> std::io::Result<String> {
+    for at in 0..count {
+        let host = ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"][at % 3];
+        let to = format!("{host}:{port}").parse().unwrap();
+        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(20))?;
+        sized(&mut stream, tag, at * 7 % 5_000, 1 + at * 13 % 9_000)?;
+    }
+    Ok(count.to_string())
+}
+
+/// `count` connections one after the other from one port, each reset when it is over so that the port is free again.
+fn reuse_port(to: &str, port: u16, count: usize, tag: u64) -> std::io::Result<String> {
+    for at in 0..count {
+        let socket = socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+        let own = address_of(SocketAddr::new([127, 0, 0, 1].into(), port));
+        // SAFETY: a valid address of the length that is given.
+        let bound = unsafe {
+            libc::bind(socket.as_raw_fd(), (&raw const own).cast(), u32::try_from(size_of_val(&own)).unwrap())
+        };
+        if bound < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        connect_raw(&socket, to.parse().unwrap())?;
+        let mut stream = TcpStream::from(socket);
+        sized(&mut stream, tag, at + 1, 2 * at + 1)?;
+        rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
     }
     Ok(count.to_string())
 }

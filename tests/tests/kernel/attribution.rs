@@ -115,7 +115,7 @@ pub fn records_left(port: u16) -> usize {
     let maps = maps.filter_map(|map| aya::maps::MapData::from_id(map.id()).ok());
     // Another gate of this machine may have maps of another layout.
     let own: Vec<_> = maps
-        .filter_map(|map| aya::maps::HashMap::<_, [u32; 12], [u32; 20]>::try_from(aya::maps::Map::HashMap(map)).ok())
+        .filter_map(|map| aya::maps::HashMap::<_, [u32; 12], [u32; 22]>::try_from(aya::maps::Map::HashMap(map)).ok())
         .collect();
     assert!(!own.is_empty());
     // The last word of the key is the port of the server.

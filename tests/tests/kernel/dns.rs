@@ -449,3 +449,40 @@ fn each_of_24000_queries_is_attributed_to_its_leaf_and_server() {
         assert_eq!(counts.denied.total(), 0);
     }
 }
+
+/// The same query again has a record already and makes none: what holds it back is the leaf's allowance alone.
+#[test]
+fn a_leaf_that_floods_the_resolver_does_not_starve_another() {
+    let mut tree = Tree::resolving("flood");
+    let (greedy, quiet) =
+        (tree.admitted("greedy", KernelProfile::Allowlist), tree.admitted("quiet", KernelProfile::Allowlist));
+    let (mut one, mut other) = (Actor::start_in(&greedy.path), Actor::start_in(&quiet.path));
+    for actor in [&mut one, &mut other] {
+        actor.ask("udp-bind 0.0.0.0:0 alone");
+    }
+    // Nobody reads meanwhile: what is let through lies in the buffer of the one slot.
+    let began = Instant::now();
+    let sent: u64 = one.ask("udp-flood 9.9.9.9:53 30000").parse().unwrap();
+    let may = 512 + 512 * (began.elapsed().as_secs() + 1);
+    assert!((512..=may).contains(&sent), "{sent} of 30,000 in {:?}", began.elapsed());
+    tree.event(greedy.id, "egress", "query_rate");
+    assert_eq!(other.ask("udp-query 9.9.9.8:53 77"), "ok");
+    let quiet_asks = Some(Asker { leaf: quiet.id, server: "9.9.9.8:53".parse().unwrap() });
+    let heard = (0..=sent).map(|_| taken(&tree, 0)).any(|asker| asker == quiet_asks);
+    assert!(heard, "the query of the quiet leaf was dropped");
+    // With a resolver that reads, the quiet one is answered while the other goes on.
+    answering(&tree, || {
+        one.tell("udp-flood 9.9.9.9:53 200000");
+        for id in 100..130 {
+            assert_eq!(other.ask(&format!("udp-ask 9.9.9.8:53 {id}")), said(&quiet, "9.9.9.8:53"));
+        }
+        one.reply();
+    });
+    assert_eq!(tree.enforcer().counts(quiet.id).unwrap().denied.total(), 0);
+    // A long message counts for several.
+    let long = tree.admitted("long", KernelProfile::Allowlist);
+    let mut long = Actor::start_in(&long.path);
+    long.ask("udp-bind 0.0.0.0:0 alone");
+    let sent = (0..100).filter(|_| long.ask("udp-send 9.9.9.9:53 40000") == "ok").count();
+    assert!(sent < 40, "{sent} of 100 messages of 40,000 bytes");
+}

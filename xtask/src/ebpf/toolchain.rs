@@ -63,6 +63,8 @@ impl Toolchain {
         let flags = [
             "-Cdebuginfo=2".to_owned(),
             "-Clink-arg=--btf".to_owned(),
+            // The first with an addition that gives what was there before, and with compare-and-exchange: Linux 5.12.
+            "-Ctarget-cpu=v3".to_owned(),
             remap(source, "egress-ebpf"),
             remap(&cargo_home, "cargo"),
             remap(&self.sysroot, "rust"),

@@ -203,6 +203,10 @@ fn by_kernel(flow: &Flow<'_>) -> Told {
             "one socket asked more DNS servers than are told apart".to_owned(),
             Change::none("Nothing allows more: every server gives the gate's answer, so one is enough."),
         ),
+        "query_rate" => (
+            format!("{action} sent DNS queries faster than a sandbox may"),
+            Change::none("No setting allows more: let the action ask less often, or keep the answers that it has."),
+        ),
         "too_many_queries" | "query_in_flight" => (
             format!("{action} had a DNS query under way that could not be told from this one, or too many of them"),
             Change::none("Nothing to allow: clients ask again."),
@@ -261,6 +265,8 @@ pub fn failed(error: &str) -> String {
         "connect_timeout" => "nothing answered in time",
         "connect_unreachable" => "there is no way there from this machine",
         "tls_certificate" => "the certificate of the other side was refused",
+        "not_accepted" => "the execution ended before the proxy took the connection",
+        "not_established" => "the connection was given up before it was made",
         "tls_timeout" => "the TLS handshake was not finished in time",
         other => return format!("it was permitted; then: {other}"),
     };

@@ -95,6 +95,7 @@ fn every_rule_of_the_kernel_and_of_the_proxy_is_known() {
         "too_many_servers",
         "too_many_queries",
         "query_in_flight",
+        "query_rate",
     ];
     let there = latchgate_egress_types::Reason::ALL.len();
     assert!(there <= reasons.len(), "a reason that is new needs its explanation in `rules`, and its name here");

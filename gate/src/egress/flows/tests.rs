@@ -33,6 +33,10 @@ fn record(action: Option<&str>, name: &str, verdict: Verdict) -> Arc<FlowRecord>
         decision_id: ids::mint(),
         client: None,
         connections: 1,
+        connection: None,
+        uncounted: false,
+        kernel: None,
+        agreement: None,
     })
 }
 

@@ -46,6 +46,11 @@ pub fn mapped_words(ip: IpAddr) -> [u32; 4] {
     }
 }
 
+/// What [`mapped_words`] made.
+pub fn of_mapped(words: [u32; 4]) -> IpAddr {
+    IpAddr::V6(ip_of(words)).to_canonical()
+}
+
 /// `None` when nothing was kept.
 pub fn destination(from: &types::Destination) -> Option<SocketAddr> {
     let port = u16::from_be(u16::try_from(from.port).ok()?);

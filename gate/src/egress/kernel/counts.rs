@@ -49,6 +49,8 @@ pub struct KernelCounts {
     pub wire_bytes_in: u64,
     /// Refusals that are counted in `denied` and of which no event came.
     pub events_lost: u64,
+    /// Connections of which there is no record, or none to the end: their figures are in the sums alone.
+    pub connections_lost: u64,
 }
 
 impl From<types::Counts> for KernelCounts {
@@ -63,6 +65,7 @@ impl From<types::Counts> for KernelCounts {
             wire_bytes_out: counts.wire_bytes_out,
             wire_bytes_in: counts.wire_bytes_in,
             events_lost: counts.events_lost,
+            connections_lost: counts.connections_lost,
         }
     }
 }

@@ -74,6 +74,7 @@ const fn reason_name(reason: types::Reason) -> &'static str {
         types::Reason::TooManyServers => "too_many_servers",
         types::Reason::TooManyQueries => "too_many_queries",
         types::Reason::QueryInFlight => "query_in_flight",
+        types::Reason::QueryRate => "query_rate",
     }
 }
 

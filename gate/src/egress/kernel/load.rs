@@ -15,13 +15,14 @@ use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabiliti
 
 use super::pins::Pins;
 use super::reach::Reach;
-use super::{KernelConfig, KernelError, OBJECT, address, pins, pod, probe, queries, sys};
+use super::{KernelConfig, KernelError, OBJECT, address, connections, pins, pod, probe, queries, sys};
 
 /// What the rest of the gate holds of the loaded program.
 pub struct Loaded {
     pub leaves: HashMap<MapData, u64, pod::LeafEntry>,
     pub counts: HashMap<MapData, u64, pod::Counts>,
     pub accepted: SkStorage<MapData, pod::AcceptedSocket>,
+    pub connections: connections::Map,
     pub reach: Reach,
     pub queries: queries::Maps,
     pub control: Array<MapData, pod::Control>,
@@ -119,8 +120,13 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
         leaves: map(&mut ebpf, "LEAVES")?,
         counts,
         accepted: map(&mut ebpf, "ACCEPTED")?,
+        connections: map(&mut ebpf, "CONNECTIONS")?,
         reach: Reach::new(map(&mut ebpf, "REACH")?),
-        queries: queries::Maps { queries: map(&mut ebpf, "QUERIES")?, taken: map(&mut ebpf, "TAKEN")? },
+        queries: queries::Maps {
+            queries: map(&mut ebpf, "QUERIES")?,
+            taken: map(&mut ebpf, "TAKEN")?,
+            pace: map(&mut ebpf, "PACE")?,
+        },
         control,
         heartbeat,
         events: map(&mut ebpf, "EVENTS")?,

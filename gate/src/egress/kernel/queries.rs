@@ -23,6 +23,8 @@ const EXIST: u64 = 2;
 pub struct Maps {
     pub queries: HashMap<MapData, pod::QueryKey, pod::QueryRecord>,
     pub taken: HashMap<MapData, u64, u64>,
+    /// How many a leaf may send; the kernel program's to write.
+    pub pace: HashMap<MapData, u64, u64>,
 }
 
 struct Shared {
@@ -53,12 +55,16 @@ impl Queries {
     }
 
     pub fn admit(&self, leaf: LeafId) -> Result<(), MapError> {
-        locked(&self.shared.maps).taken.insert(leaf.0, 0, 0)
+        let mut maps = locked(&self.shared.maps);
+        maps.pace.insert(leaf.0, 0, 0)?;
+        maps.taken.insert(leaf.0, 0, 0)
     }
 
     /// Its records are swept; until then they say nothing of anybody.
     pub fn retire(&self, leaf: LeafId) {
-        let _ = locked(&self.shared.maps).taken.remove(&leaf.0);
+        let mut maps = locked(&self.shared.maps);
+        let _ = maps.taken.remove(&leaf.0);
+        let _ = maps.pace.remove(&leaf.0);
     }
 
     pub fn take(&self, query: &DatagramKey) -> Option<Asker> {

@@ -133,5 +133,9 @@ pub fn refusal(name: Option<String>, rule: &str, client: SocketAddr) -> FlowReco
         decision_id: ids::mint(),
         client: Some(client),
         connections: 1,
+        connection: None,
+        uncounted: false,
+        kernel: None,
+        agreement: None,
     }
 }

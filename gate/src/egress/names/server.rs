@@ -19,6 +19,11 @@ use crate::egress::{DatagramAttribution, DatagramKey};
 /// How many datagrams the end of an execution takes from one socket: more than a socket's buffer holds.
 const SWEPT_DATAGRAMS: usize = 4096;
 
+/// Bytes of queries, as the kernel reckons them (a short one is about 800), that wait at one socket: of one execution,
+/// all that it may send at once (see `QUERIES_BURST` of the kernel program); of all, as much of a dozen of them.
+const ISOLATED_BUFFER: usize = 1 << 19;
+const SHARED_BUFFER: usize = 4 << 20;
+
 /// Asks a socket's task to take all that has arrived.
 pub type Sweep = oneshot::Sender<()>;
 
@@ -41,6 +46,14 @@ impl Slot {
     pub fn new(socket: std::net::UdpSocket, whose: Whose) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let port = socket.local_addr()?.port();
+        let wanted = match &whose {
+            Whose::Shared { .. } => SHARED_BUFFER,
+            Whose::Isolated { .. } => ISOLATED_BUFFER,
+        };
+        // Past `net.core.rmem_max` with CAP_NET_ADMIN (socket(7)); without it as much as that allows.
+        if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, wanted).is_err() {
+            rustix::net::sockopt::set_socket_recv_buffer_size(&socket, wanted)?;
+        }
         Ok(Self { socket: UdpSocket::from_std(socket)?, port, whose })
     }
 

@@ -121,12 +121,17 @@ impl Registry {
     }
 
     /// Takes a connection in for the execution of this leaf. Under the lock that `remove` takes, so that every
-    /// connection is either counted before the execution ends or not taken.
-    pub fn admit(&self, leaf: LeafId, client: SocketAddr) -> Option<Result<Connection, (Arc<State>, Full)>> {
+    /// connection is either counted before the execution ends or not taken. `number` is the kernel's for it.
+    pub fn admit(
+        &self,
+        leaf: LeafId,
+        client: SocketAddr,
+        number: Option<u64>,
+    ) -> Option<Result<Connection, (Arc<State>, Full)>> {
         let served = lock(&self.0);
         let state = served.get(&leaf)?;
         Some(match state.enter() {
-            Ok(()) => Ok(Connection::new(Arc::clone(state), client)),
+            Ok(()) => Ok(Connection::new(Arc::clone(state), client, number)),
             Err(full) => Err((Arc::clone(state), full)),
         })
     }
@@ -185,14 +190,16 @@ impl State {
     }
 
     /// Notes a connection that was refused without being served, and gives its decision id.
-    pub fn note_full(&self, full: Full, client: SocketAddr) -> String {
+    pub fn note_full(&self, full: Full, client: SocketAddr, number: Option<u64>) -> String {
         let mut record = blank(client);
         self.name(&mut record);
         let decision_id = record.decision_id.clone();
         record.end = End::Answered;
+        record.uncounted = true;
         match full {
             Full::Connections => {
                 record.rule = "connection_limit".to_owned();
+                record.connection = number;
                 self.keep(record);
             }
             Full::Records => {
@@ -250,6 +257,10 @@ pub fn blank(client: SocketAddr) -> FlowRecord {
         decision_id: ids::mint(),
         client: Some(client),
         connections: 1,
+        connection: None,
+        uncounted: false,
+        kernel: None,
+        agreement: None,
     }
 }
 
@@ -261,10 +272,11 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(state: Arc<State>, client: SocketAddr) -> Self {
+    fn new(state: Arc<State>, client: SocketAddr, number: Option<u64>) -> Self {
         let mut record = blank(client);
         state.name(&mut record);
         record.rule = "no_request".to_owned();
+        record.connection = number;
         if let Some(decision_id) = lock(&state.first_decision).take() {
             record.decision_id = decision_id;
         }

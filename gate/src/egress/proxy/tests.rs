@@ -54,6 +54,10 @@ impl Attribution for Who {
         let leaf = self.by_port.lock().unwrap().get(&port).copied().unwrap_or(self.everyone)?;
         Some(Caller { leaf, original: self.originals.lock().unwrap().get(&port).copied() })
     }
+
+    fn connection_of(&self, _: BorrowedFd<'_>) -> Option<u64> {
+        None
+    }
 }
 
 /// What stand-ins stand for.

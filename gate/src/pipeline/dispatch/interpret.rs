@@ -196,6 +196,7 @@ mod tests {
             stderr: Vec::new(),
             stderr_truncated: false,
             duration: Duration::from_millis(1),
+            killed_ns: None,
             module_digest: "sha256:0".to_owned(),
         };
         let meaning = interpret(registry.action("http_fetch").unwrap(), &completed, &[]);

@@ -401,3 +401,41 @@ async fn streams_that_say_nothing_end() {
     timeout(Duration::from_secs(10), asking).await.expect("the other end closes");
     timeout(Duration::from_secs(10), task).await.expect("an end").unwrap();
 }
+
+/// More than the usual buffer of a socket holds (`net.core.rmem_default`: some 270), all sent before anything is read.
+#[tokio::test]
+async fn a_burst_of_one_execution_is_answered_whole() {
+    const BURST: u16 = 500;
+    let server = DnsServer::new(Limits::default(), Arc::new(Told::default()));
+    for isolated in [true, false] {
+        let records = Arc::new(Records::default());
+        let mut names = server.open(LEAF, execution("e1", profile(&["example.com"])));
+        let sockets = Slots::bind().unwrap().into_sockets();
+        let slot = sockets[0].local_addr().unwrap();
+        let socket = client(slot).await;
+        if rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 20).is_err() {
+            assert!(std::env::var_os("CI").is_none(), "CAP_NET_ADMIN is missing");
+            eprintln!("skipped: CAP_NET_ADMIN is missing");
+            return;
+        }
+        if isolated {
+            names.serve_isolated(sockets, &Isolated { attribution: Some(records.clone()), netns: None }).unwrap();
+        } else {
+            server.serve(sockets, records.clone()).unwrap();
+        }
+        // On this thread the tasks that read run only while this one waits.
+        for id in 0..BURST {
+            let query = Ask { id, ..ask("example.com", RecordType::A) };
+            records.put(None, socket.local_addr().unwrap(), slot.port(), id, LEAF);
+            socket.try_send(&query.bytes()).unwrap();
+        }
+        let mut heard = 0;
+        while let Ok(Ok(_)) = timeout(Duration::from_secs(2), socket.recv(&mut [0; 4096])).await {
+            heard += 1;
+            if heard == BURST {
+                break;
+            }
+        }
+        assert_eq!(heard, BURST, "isolated: {isolated}");
+    }
+}
