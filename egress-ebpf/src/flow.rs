@@ -12,6 +12,7 @@ use egress_ebpf::Destination;
 
 use crate::packet::Endpoint;
 use crate::refuse::{Refusal, add, counts_of, note};
+use crate::inbound;
 use crate::{
     ACCEPTED, AF_INET, AF_INET6, AcceptedSocket, FLOWS, FlowKey, FlowRecord, Hook, IPPROTO_TCP, MAPPED_WORD, Reason,
     client, word,
@@ -86,6 +87,11 @@ pub fn on_client(ctx: &SockOpsContext) {
             unsafe {
                 let Some(counts) = counts_of((*stored).leaf) else { return };
                 add(&raw mut (*counts).connections, 1);
+            }
+        }
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            if let Some(sk) = socket(ctx) {
+                inbound::accepted(sk);
             }
         }
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB => look_for_fin(ctx),

@@ -13,6 +13,8 @@ mod carry;
 mod closing;
 #[path = "kernel/dns.rs"]
 mod dns;
+#[path = "kernel/inbound.rs"]
+mod inbound;
 #[path = "kernel/tree.rs"]
 mod tree;
 

@@ -13,6 +13,7 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use latchgate_egress_types as types;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
+use super::inbound::Inbound;
 use super::pins::Pins;
 use super::reach::Reach;
 use super::{KernelConfig, KernelError, OBJECT, address, pins, pod, probe, queries, sys};
@@ -23,6 +24,7 @@ pub struct Loaded {
     pub counts: HashMap<MapData, u64, pod::Counts>,
     pub accepted: SkStorage<MapData, pod::AcceptedSocket>,
     pub reach: Reach,
+    pub inbound: Inbound,
     pub queries: queries::Maps,
     pub control: Array<MapData, pod::Control>,
     pub heartbeat: Array<MapData, u64>,
@@ -114,6 +116,7 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
         counts,
         accepted: map(&mut ebpf, "ACCEPTED")?,
         reach: Reach::new(map(&mut ebpf, "REACH")?),
+        inbound: Inbound::new(map(&mut ebpf, "INBOUND")?),
         queries: queries::Maps { queries: map(&mut ebpf, "QUERIES")?, taken: map(&mut ebpf, "TAKEN")? },
         control,
         heartbeat,

@@ -14,4 +14,4 @@ macro_rules! plain {
     )+};
 }
 
-plain!(LeafEntry, Control, Counts, AcceptedSocket, QueryKey, QueryRecord);
+plain!(LeafEntry, Control, Counts, AcceptedSocket, QueryKey, QueryRecord, InboundKey);
