@@ -3,6 +3,7 @@
 mod actions;
 mod client;
 mod egress;
+mod executions;
 mod receipts;
 mod serve;
 mod status;
@@ -43,6 +44,9 @@ enum Command {
     /// Who contacted what, what each action may reach, and why something was refused.
     #[command(subcommand)]
     Egress(egress::Command),
+    /// What runs at this moment, and ending it.
+    #[command(subcommand)]
+    Executions(executions::Command),
     /// What was recorded: list, show, and verify offline.
     #[command(subcommand)]
     Receipts(receipts::Command),
@@ -75,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::run(&arguments),
         Command::Actions(command) => actions::run(&command),
         Command::Egress(command) => egress::run(&command),
+        Command::Executions(command) => executions::run(&command),
         Command::Receipts(command) => receipts::run(&command),
     };
     match done {

@@ -25,6 +25,7 @@ use crate::egress::names::{self, DnsServer, Reach, ReachError, Slots};
 use crate::egress::proxy::{self, Proxy, ProxyConfig};
 use crate::egress::refusals::Refusals;
 use crate::egress::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey, LeafId};
+use crate::executions::Executions;
 use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
@@ -58,6 +59,8 @@ pub struct Gate {
     pub metrics: Metrics,
     /// Executions at the same time.
     pub places: Semaphore,
+    /// Those that run, and how to end one.
+    pub executions: Executions,
     draining: AtomicBool,
     running: AtomicUsize,
     idle: Notify,
@@ -236,6 +239,7 @@ impl Gate {
 
         Ok(Self {
             places: Semaphore::new(config.sandbox.max_concurrent),
+            executions: Executions::default(),
             config,
             registry,
             policy,

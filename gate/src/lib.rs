@@ -7,6 +7,7 @@ pub mod auth;
 pub mod cli;
 pub mod config;
 pub mod egress;
+pub mod executions;
 pub mod files;
 pub mod gate;
 pub mod hash;

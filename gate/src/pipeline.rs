@@ -107,6 +107,8 @@ pub enum Refusal {
     MethodNotAllowed { allow: &'static str },
     #[error("invalid request: {message}")]
     InvalidRequest { message: String },
+    #[error("{message}")]
+    Conflict { message: String },
     #[error(transparent)]
     Body(#[from] BodyError),
     #[error(transparent)]

@@ -6,6 +6,7 @@ pub mod agent;
 pub mod gate;
 pub mod http;
 pub mod inside;
+pub mod operator;
 pub mod origin;
 
 use base64::Engine as _;

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clap::Args;
-use http_body_util::{BodyExt, Empty};
-use hyper::{Request, header};
+use http_body_util::{BodyExt, Full};
+use hyper::{Method, Request, header};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
@@ -40,20 +40,29 @@ pub(super) fn default_state_dir() -> PathBuf {
 impl OperatorArguments {
     /// `GET path`, with a proof.
     pub(crate) fn get(&self, path: &str) -> Result<Value, Failure> {
+        self.call(Method::GET, path, Bytes::new())
+    }
+
+    /// `POST path` of a JSON body, with a proof.
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.call(Method::POST, path, body.to_string().into())
+    }
+
+    fn call(&self, method: Method, path: &str, body: Bytes) -> Result<Value, Failure> {
         let socket =
             self.socket.clone().unwrap_or_else(|| up::default_operator_socket(rustix::process::geteuid().as_raw()));
         let key_path = self.key.clone().unwrap_or_else(|| up::operator_key_path(&default_state_dir()));
         let key = OperatorKeyFile::load(&key_path).map_err(Failure::new)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
         runtime.block_on(async {
-            tokio::time::timeout(PATIENCE, get(&socket, &key, path))
+            tokio::time::timeout(PATIENCE, call(&socket, &key, method, path, body))
                 .await
                 .map_err(|_| Failure::new(format!("{}: no answer in {} s", socket.display(), PATIENCE.as_secs())))?
         })
     }
 }
 
-async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, Failure> {
+async fn call(socket: &Path, key: &OperatorKeyFile, method: Method, path: &str, body: Bytes) -> Result<Value, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(format!("{}: {error}", socket.display()));
     let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| failed(&error))?;
     let (mut sender, connection) =
@@ -61,12 +70,16 @@ async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, 
     let connection = tokio::spawn(connection);
     // RFC 9449 §4.2: `htu` is without query and fragment.
     let url = format!("{BASE}{}", path.split('?').next().unwrap_or(path));
-    let (authorization, proof) = key.headers("GET", &url, Timestamp::now());
-    let request = Request::get(path)
+    let (authorization, proof) = key.headers(method.as_str(), &url, Timestamp::now());
+    let mut request = Request::builder().method(method).uri(path);
+    if !body.is_empty() {
+        request = request.header(header::CONTENT_TYPE, "application/json");
+    }
+    let request = request
         .header(header::HOST, "latchgate-operator")
         .header(header::AUTHORIZATION, authorization.as_str())
         .header("dpop", proof)
-        .body(Empty::<Bytes>::new())
+        .body(Full::new(body))
         .map_err(|error| failed(&error))?;
     let answer = sender.send_request(request).await.map_err(|error| failed(&error))?;
     let status = answer.status();
@@ -77,5 +90,6 @@ async fn get(socket: &Path, key: &OperatorKeyFile, path: &str) -> Result<Value, 
         return Ok(value);
     }
     let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
-    Err(Failure::new(format!("{status}: {} {} (decision {})", text("error"), text("deny_reason"), text("decision_id"))))
+    let why = ["deny_reason", "message"].map(text).join("");
+    Err(Failure::new(format!("{status}: {} {why} (decision {})", text("error"), text("decision_id"))))
 }

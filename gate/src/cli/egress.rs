@@ -80,7 +80,7 @@ pub(crate) struct Explain {
 }
 
 /// What can stand in a path as it is.
-fn id(text: &str) -> Result<String, String> {
+pub(super) fn id(text: &str) -> Result<String, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     match text.len() >= 8 && text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(fits) {
         true => Ok(text.to_owned()),
@@ -221,7 +221,7 @@ fn row(flow: &Value) -> String {
 }
 
 /// What a terminal may be sent: names come from whoever asked for them.
-fn plain(text: &str) -> String {
+pub(super) fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

@@ -18,6 +18,7 @@ use crate::egress::flow::{FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
 use crate::egress::kernel::KernelCounts;
 use crate::egress::profile::EntryProtocol;
+use crate::executions::{Killed, Registered};
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
@@ -48,6 +49,8 @@ pub struct Outcome {
     pub(super) grant: Grant,
     pub(super) interpreted: interpret::Interpreted,
     pub(super) completed: Option<Completed>,
+    /// Set when an operator ended it.
+    pub(super) killed: Option<Killed>,
     pub(super) egress: EgressEvidence,
     pub(super) finished_at: Timestamp,
 }
@@ -112,19 +115,25 @@ impl Summary {
 
 /// Runs what was granted. Always comes back with an outcome: what failed has a receipt too.
 pub async fn run(gate: &Gate, grant: Grant, ids: &Ids) -> Outcome {
-    let (completed, egress) = match unless_it_panics(execute(gate, &grant, ids)).await {
+    let execution = gate.executions.register(grant.execution(ids));
+    let (completed, egress) = match unless_it_panics(execute(gate, &grant, ids, &execution)).await {
         Some(ran) => ran,
         None => (
             Err(NotCompleted::Unknown("the gate panicked".to_owned())),
             EgressEvidence { incomplete: true, ..EgressEvidence::default() },
         ),
     };
-    let interpreted = match &completed {
-        Ok(completed) => interpret::interpret(grant.decision().call().manifest(), completed, &egress.flows),
-        Err(NotCompleted::NotStarted(message)) => interpret::Interpreted::not_started(message),
-        Err(NotCompleted::Unknown(message)) => interpret::Interpreted::unknown(message),
+    let killed = execution.ending();
+    drop(execution);
+    let interpreted = match (&completed, &killed) {
+        // Also where it had come to its end by itself in the same moment: the operator was told that nobody gets it.
+        (Ok(_), Some(killed)) => interpret::Interpreted::killed(killed, true),
+        (Err(NotCompleted::NotStarted(_)), Some(killed)) => interpret::Interpreted::killed(killed, false),
+        (Ok(completed), None) => interpret::interpret(grant.decision().call().manifest(), completed, &egress.flows),
+        (Err(NotCompleted::NotStarted(message)), None) => interpret::Interpreted::not_started(message),
+        (Err(NotCompleted::Unknown(message)), _) => interpret::Interpreted::unknown(message),
     };
-    Outcome { grant, interpreted, completed: completed.ok(), egress, finished_at: Timestamp::now() }
+    Outcome { grant, interpreted, completed: completed.ok(), killed, egress, finished_at: Timestamp::now() }
 }
 
 /// A panic must not cost the receipt. What the future held has been dropped then, the leaf included.
@@ -139,18 +148,20 @@ async fn unless_it_panics<T>(future: impl Future<Output = T>) -> Option<T> {
 
 type Ran = (Result<Completed, NotCompleted>, EgressEvidence);
 
-async fn execute(gate: &Gate, grant: &Grant, ids: &Ids) -> Ran {
+async fn execute(gate: &Gate, grant: &Grant, ids: &Ids, execution: &Registered) -> Ran {
     let not_started = |message: String| (Err(NotCompleted::NotStarted(message)), EgressEvidence::default());
     // Waiting for a place is bounded by the grant: a call that is too late is not started.
-    let place = match tokio::time::timeout(grant.deadline(), gate.places.acquire()).await {
-        Ok(Ok(place)) => place,
-        _ => return not_started("no place for another execution".to_owned()),
+    let place = tokio::select! {
+        place = tokio::time::timeout(grant.deadline(), gate.places.acquire()) => place,
+        () = execution.killed() => return not_started("killed while it waited".to_owned()),
     };
+    let Ok(Ok(place)) = place else { return not_started("no place for another execution".to_owned()) };
     let leaf = match gate.cgroups.leaf() {
         Ok(leaf) => leaf,
         Err(error) => return not_started(error.to_string()),
     };
-    let ran = confined(gate, grant, ids, &leaf).await;
+    execution.running(leaf.id().0);
+    let ran = confined(gate, grant, ids, &leaf, execution).await;
     // One that would not die is tried once more, and that waits.
     let _ = tokio::task::spawn_blocking(move || drop(leaf)).await;
     drop(place);
@@ -171,7 +182,7 @@ impl Drop for Traces<'_> {
 }
 
 /// From here on every exit goes through the end of the leaf.
-async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
+async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf, execution: &Registered) -> Ran {
     let decision = grant.decision();
     let manifest = decision.call().manifest();
     let traces = Traces { gate, leaf: leaf.id() };
@@ -196,10 +207,18 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf) -> Ran {
             Err(message) => Err(NotCompleted::NotStarted(message)),
             Ok(job) => {
                 let take = async |listeners| services.listen(listeners);
-                gate.runner.run_with(leaf, job, take, gate.cancelled()).await.map_err(NotCompleted::from)
+                let cancelled = async {
+                    tokio::select! {
+                        () = gate.cancelled() => {}
+                        () = execution.killed() => {}
+                    }
+                };
+                gate.runner.run_with(leaf, job, take, cancelled).await.map_err(NotCompleted::from)
             }
         },
     };
+    // How it ended is settled: a kill that comes now comes too late.
+    execution.ending();
     let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
     let doomed = leaf.clone();
     let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::task::block_in_place;
 
 use crate::action::canonical;
+use crate::executions::{Execution, Phase};
 use crate::gate::Gate;
 use crate::ledger::{self, IntentRecord, LedgerError, Plan};
 use crate::pipeline::authenticate::Caller;
@@ -21,6 +22,9 @@ pub struct Grant {
     debit: Debit,
     grant_id: String,
     principal: String,
+    listener: String,
+    lease_jti: String,
+    session_id: String,
     deadline: Duration,
     started_at: Timestamp,
 }
@@ -50,6 +54,23 @@ impl Grant {
     pub const fn started_at(&self) -> Timestamp {
         self.started_at
     }
+
+    /// Its execution as operators see it, before it has a place.
+    pub(super) fn execution(&self, ids: &Ids) -> Execution {
+        Execution {
+            id: self.grant_id.clone(),
+            action_id: self.decision.call().manifest().action_id.clone(),
+            principal: self.principal.clone(),
+            listener: self.listener.clone(),
+            lease_jti: self.lease_jti.clone(),
+            session_id: self.session_id.clone(),
+            decision_id: ids.decision_id.clone(),
+            trace_id: ids.trace_id.clone(),
+            started_at: self.started_at,
+            phase: Phase::Waiting,
+            leaf: None,
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -78,9 +99,17 @@ pub async fn issue(gate: &Gate, caller: &Caller, decision: Decision, ids: &Ids) 
         Err(error) => return Err((action_id, error.into())),
     };
     match intend(gate, caller, decision, ids, now).await {
-        Ok((decision, grant_id, deadline)) => {
-            Ok(Grant { decision, debit, grant_id, principal: caller.principal().to_owned(), deadline, started_at: now })
-        }
+        Ok((decision, grant_id, deadline)) => Ok(Grant {
+            decision,
+            debit,
+            grant_id,
+            principal: caller.principal().to_owned(),
+            listener: caller.listener().name.clone(),
+            lease_jti: caller.lease_jti().to_owned(),
+            session_id: caller.session_id().to_owned(),
+            deadline,
+            started_at: now,
+        }),
         Err(error) => {
             block_in_place(|| gate.budgets.refund(&debit));
             Err((action_id, error.into()))

@@ -21,7 +21,7 @@ const NOT_SEEN: [&str; 1] = ["seccomp"];
 pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) -> Result<Executed, Refused> {
     let refuse = |cause: Refusal| Refused::new(ids, cause);
     let summary = outcome.summary();
-    let Outcome { grant, interpreted, completed, egress, finished_at } = outcome;
+    let Outcome { grant, interpreted, completed, killed, egress, finished_at } = outcome;
     if !interpreted.dispatched {
         tokio::task::block_in_place(|| gate.budgets.refund(grant.debit()));
     }
@@ -37,6 +37,14 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     if let Some(done) = completed.as_ref().filter(|done| !done.stderr.is_empty()) {
         contents.push(Content { name: "stderr".to_owned(), bytes: done.stderr.clone() });
     }
+    let mut provider_receipt = json!({
+        "exit_code": summary.exit_code,
+        "duration_ms": summary.duration_ms,
+        "stderr_truncated": completed.as_ref().is_some_and(|done| done.stderr_truncated),
+    });
+    if let Some(killed) = &killed {
+        provider_receipt["killed"] = json!(killed);
+    }
     let draft = ReceiptDraft {
         grant_id: grant.grant_id().to_owned(),
         trace_id: ids.trace_id.clone(),
@@ -48,11 +56,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
         request_hash: call.request_hash().to_owned(),
         policy_version: grant.decision().policy_version().to_owned(),
         provider_module_digest,
-        provider_receipt: json!({
-            "exit_code": summary.exit_code,
-            "duration_ms": summary.duration_ms,
-            "stderr_truncated": completed.as_ref().is_some_and(|done| done.stderr_truncated),
-        }),
+        provider_receipt,
         normalized_result: interpreted.result.clone(),
         verification_outcome: interpreted.verification.clone(),
         effect_evidence: interpreted.effect_evidence.clone(),
@@ -66,7 +70,9 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     let receipt =
         gate.ledger.receipt(draft).await.map_err(|error| refuse(Refusal::Evidence { message: error.to_string() }))?;
     gate.metrics.executed(&interpreted.result);
-    let failure = match (&interpreted.egress_denied, &interpreted.reason, interpreted.dispatched) {
+    // One that was killed while it waited did not run, but nothing failed to be made either.
+    let ran = interpreted.dispatched || killed.is_some();
+    let failure = match (&interpreted.egress_denied, &interpreted.reason, ran) {
         (Some(reason), _, _) => Some(DispatchError::EgressDenied { deny_reason: reason.clone() }),
         (None, Some(reason), true) => Some(DispatchError::ActionFailed { reason: reason.clone() }),
         (None, Some(reason), false) => Some(DispatchError::Sandbox { message: reason.clone() }),

@@ -112,6 +112,7 @@ fn table(cause: &Refusal) -> Row {
         Refusal::NotFound => row(404, "not_found", Debug),
         Refusal::MethodNotAllowed { .. } => row(405, "method_not_allowed", Debug),
         Refusal::InvalidRequest { message } => row(400, "invalid_request", Debug).with("message", message.as_str()),
+        Refusal::Conflict { message } => row(409, "conflict", Debug).with("message", message.as_str()),
         Refusal::Body(error) => match error {
             BodyError::MediaType => row(415, "unsupported_media_type", Debug).with("message", error.to_string()),
             BodyError::TooLarge { limit } => row(413, "payload_too_large", Debug).with("limit_bytes", *limit),

@@ -1,10 +1,12 @@
 //! What an operator's socket answers (API.md §5): its own directory, its own keys, none of the agents' routes.
 
 mod egress;
+mod executions;
 
 use std::sync::Arc;
 
 use hyper::body::Incoming;
+use hyper::http::request::Parts;
 use hyper::{Request, StatusCode, header};
 use serde_json::json;
 
@@ -26,6 +28,8 @@ enum Route<'a> {
     Profiles,
     Flows,
     Explain(&'a str),
+    Executions,
+    Kill(&'a str),
     Metrics,
     Drain,
 }
@@ -40,27 +44,47 @@ impl<'a> Route<'a> {
             "/v1/egress/flows" => Self::Flows,
             "/metrics" => Self::Metrics,
             "/v1/admin/drain" => Self::Drain,
-            other => Self::Explain(other.strip_prefix("/v1/egress/explain/").filter(|id| egress::is_id(id))?),
+            "/v1/executions" => Self::Executions,
+            other => Self::of_an_id(other)?,
         })
+    }
+
+    /// Those with an id in their path.
+    fn of_an_id(path: &'a str) -> Option<Self> {
+        let (id, route): (_, fn(&'a str) -> Self) = match path.strip_prefix("/v1/executions/") {
+            Some(rest) => (rest.strip_suffix("/kill")?, Self::Kill),
+            None => (path.strip_prefix("/v1/egress/explain/")?, Self::Explain),
+        };
+        egress::is_id(id).then(|| route(id))
     }
 
     const fn allow(self) -> &'static str {
         match self {
-            Self::Drain => "POST",
+            Self::Drain | Self::Kill(_) => "POST",
             _ => "GET",
         }
     }
 }
 
+/// What a route may need of the call itself.
+struct Call<'a> {
+    ids: &'a Ids,
+    operator: &'a str,
+    parts: &'a Parts,
+}
+
 /// Answers one request of an operator. Each one, refused or not, is an event.
 pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
     let ids = Ids::mint();
-    let path = request.uri().path().to_owned();
-    let operator = tokio::task::block_in_place(|| authenticate(&gate, &request));
+    let (parts, incoming) = request.into_parts();
+    let operator = tokio::task::block_in_place(|| authenticate(&gate, &parts));
     let name = operator.as_ref().map(|operator| operator.name().to_owned()).ok();
     let answered = match operator {
         Err(cause) => Err(cause),
-        Ok(_) => route(&gate, &path, request.uri().query(), request.method().as_str()).await,
+        Ok(operator) => {
+            let call = Call { ids: &ids, operator: operator.name(), parts: &parts };
+            route(&gate, &call, incoming).await
+        }
     };
     let event = EventDraft {
         event_type: "operator_call".to_owned(),
@@ -70,7 +94,7 @@ pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
         principal: String::new(),
         session_id: String::new(),
         decision: if answered.is_ok() { "allow" } else { "deny" }.to_owned(),
-        details: json!({"operator": name, "method": request.method().as_str(), "path": path}),
+        details: json!({"operator": name, "method": parts.method.as_str(), "path": parts.uri.path()}),
         at: Timestamp::now(),
     };
     // Only a known operator's calls are kept: whoever can merely reach the socket must not fill the ledger.
@@ -86,16 +110,16 @@ pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
     })
 }
 
-fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<AuthenticatedOperator, Refusal> {
+fn authenticate(gate: &Gate, parts: &Parts) -> Result<AuthenticatedOperator, Refusal> {
     let values =
-        |name: &str| -> Vec<&[u8]> { request.headers().get_all(name).iter().map(|value| value.as_bytes()).collect() };
+        |name: &str| -> Vec<&[u8]> { parts.headers.get_all(name).iter().map(|value| value.as_bytes()).collect() };
     let (authorization, dpop) = (values(header::AUTHORIZATION.as_str()), values("dpop"));
     let bases: Vec<String> = BASES.iter().map(|base| (*base).to_owned()).collect();
     Ok(gate.operators.authenticate(&crate::auth::Presented {
         authorization: &authorization,
         dpop: &dpop,
-        method: request.method().as_str(),
-        path: request.uri().path(),
+        method: parts.method.as_str(),
+        path: parts.uri.path(),
         bases: &bases,
         listener: "operator",
         require_body_binding: false,
@@ -103,9 +127,9 @@ fn authenticate(gate: &Gate, request: &Request<Incoming>) -> Result<Authenticate
     })?)
 }
 
-async fn route(gate: &Arc<Gate>, path: &str, query: Option<&str>, method: &str) -> Result<Answer, Refusal> {
-    let route = Route::of(path).ok_or(Refusal::NotFound)?;
-    if method != route.allow() {
+async fn route(gate: &Arc<Gate>, call: &Call<'_>, incoming: Incoming) -> Result<Answer, Refusal> {
+    let route = Route::of(call.parts.uri.path()).ok_or(Refusal::NotFound)?;
+    if call.parts.method.as_str() != route.allow() {
         return Err(Refusal::MethodNotAllowed { allow: route.allow() });
     }
     let body = match route {
@@ -120,8 +144,10 @@ async fn route(gate: &Arc<Gate>, path: &str, query: Option<&str>, method: &str) 
             serde_json::to_value(report).map_err(|error| Refusal::Internal { message: error.to_string() })?
         }
         Route::Profiles => egress::profiles(gate),
-        Route::Flows => egress::flows(gate, query.unwrap_or_default()).await?,
+        Route::Flows => egress::flows(gate, call.parts.uri.query().unwrap_or_default()).await?,
         Route::Explain(id) => egress::explain(gate, id).await?,
+        Route::Executions => executions::list(gate),
+        Route::Kill(id) => executions::kill(gate, call, id, incoming).await?,
         Route::Metrics => return Ok(gate.metrics.exposition()),
         Route::Drain => {
             gate.drain();

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::action::manifest::{Call, Manifest, Verification};
 use crate::egress::flow::{FlowRecord, Verdict};
+use crate::executions::Killed;
 use crate::hash;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::sandbox::{Completed, Exit};
@@ -46,6 +47,14 @@ impl Interpreted {
     pub fn not_started(message: &str) -> Self {
         tracing::error!(message, "an execution did not start");
         Self { dispatched: false, ..Self::failed(internal_error, "not_started", "the sandbox could not be made") }
+    }
+
+    /// An operator ended it; the agent learns that, and not who.
+    pub fn killed(killed: &Killed, dispatched: bool) -> Self {
+        let mut meant = Self::failed(cancelled, "killed", "killed");
+        let why = killed.why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+        meant.result = cancelled(format!("killed by {}{why}", killed.by));
+        Self { dispatched, ..meant }
     }
 
     /// Nobody can say whether it ran, or how far.
