@@ -10,9 +10,9 @@ use aya_ebpf::programs::SockOpsContext;
 
 use egress_ebpf::Destination;
 
+use crate::inbound;
 use crate::packet::Endpoint;
 use crate::refuse::{Refusal, add, counts_of, note};
-use crate::inbound;
 use crate::{
     ACCEPTED, AF_INET, AF_INET6, AcceptedSocket, FLOWS, FlowKey, FlowRecord, Hook, IPPROTO_TCP, MAPPED_WORD, Reason,
     client, word,

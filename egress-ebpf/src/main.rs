@@ -25,8 +25,9 @@ use aya_ebpf::macros::{btf_map, cgroup_skb, cgroup_sock, cgroup_sock_addr, sock_
 use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsContext};
 use egress_ebpf::{
     AcceptedSocket, AskedServers, ClientSocket, Control, Counts, EVENT_BYTES, Event, FlowKey, FlowRecord,
-    HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, InboundKey, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD,
-    MAX_FLOWS, MAX_INBOUND, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey, QueryRecord, ReachKey, Reason,
+    HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, InboundKey, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY, LeafEntry,
+    MAPPED_WORD, MAX_FLOWS, MAX_INBOUND, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey, QueryRecord,
+    ReachKey, Reason,
 };
 
 use crate::refuse::{Refusal, refuse};

@@ -2,6 +2,7 @@
 
 mod actions;
 mod client;
+mod confine;
 mod egress;
 mod executions;
 mod receipts;
@@ -41,6 +42,9 @@ enum Command {
     /// The actions that a gate would load.
     #[command(subcommand)]
     Actions(actions::Command),
+    /// Run a command (an agent, say) so that it reaches what a profile names, and the gate, and nothing else.
+    #[command(after_help = confine::HELP)]
+    Confine(confine::Arguments),
     /// Who contacted what, what each action may reach, and why something was refused.
     #[command(subcommand)]
     Egress(egress::Command),
@@ -74,6 +78,11 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr(cli.log_json);
     let done = match cli.command {
+        // It ends as what it ran.
+        Command::Confine(arguments) => match confine::run(&arguments) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Up(arguments) => up::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),

@@ -1,37 +1,38 @@
 //! The one place that starts a sandbox: a leaf, a kernel entry, a proxy session, a process; and their end, in the order
 //! that leaves no moment open (kill → the proxy notes → the entry goes → counters → the leaf goes).
 
+mod held;
 mod interpret;
 mod services;
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
-use crate::egress::LeafId;
-use crate::egress::flow::{FlowRecord, Verdict};
-use crate::egress::flows::{KernelRefusal, Owner};
-use crate::egress::kernel::KernelCounts;
+use crate::egress::flow::Verdict;
+use crate::egress::flows::Owner;
 use crate::egress::profile::EntryProtocol;
 use crate::executions::{Killed, Registered};
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
-use crate::pipeline::dispatch::services::Services;
 use crate::pipeline::grant::Grant;
 use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SandboxError, SealedFile};
 use crate::time::Timestamp;
+
+pub use held::EgressEvidence;
+pub(crate) use held::{Held, Hold};
 
 /// What a kernel entry lives beyond its action's own time: starting the sandbox, and ending it.
 const ENTRY_GRACE: Duration = Duration::from_secs(10);
 
 /// Where programs look for a proxy; both spellings are in use.
-const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+pub(crate) const PROXY_VARIABLES: [&str; 6] =
+    ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum DispatchError {
@@ -68,17 +69,6 @@ impl From<SandboxError> for NotCompleted {
     fn from(error: SandboxError) -> Self {
         if error.nothing_ran() { Self::NotStarted(error.to_string()) } else { Self::Unknown(error.to_string()) }
     }
-}
-
-/// What the kernel and the proxy saw of one execution.
-#[derive(Debug, Default)]
-pub struct EgressEvidence {
-    pub counts: Option<KernelCounts>,
-    pub flows: Vec<FlowRecord>,
-    /// What the kernel refused, one by one.
-    pub refusals: Vec<Arc<KernelRefusal>>,
-    /// Set when a part of the evidence could not be had.
-    pub incomplete: bool,
 }
 
 /// The parts of an answer that are about the run itself.
@@ -168,45 +158,34 @@ async fn execute(gate: &Gate, grant: &Grant, ids: &Ids, execution: &Registered) 
     ran
 }
 
-/// What an execution has in the kernel's map and among the refusals; given back also when nobody comes to the end.
-struct Traces<'a> {
-    gate: &'a Gate,
-    leaf: LeafId,
-}
-
-impl Drop for Traces<'_> {
-    fn drop(&mut self) {
-        let _ = self.gate.enforcer.retire(self.leaf);
-        self.gate.refusals.forget(self.leaf);
-    }
-}
-
 /// From here on every exit goes through the end of the leaf.
 async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf, execution: &Registered) -> Ran {
     let decision = grant.decision();
     let manifest = decision.call().manifest();
-    let traces = Traces { gate, leaf: leaf.id() };
     let owner = Owner {
         execution_id: grant.grant_id().to_owned(),
         action_id: manifest.action_id.clone(),
         principal: grant.principal().to_owned(),
         workspace: gate.config.workspace.clone(),
     };
-    gate.refusals.expect(leaf.id(), owner.clone());
     // The worker makes one connection: what the proxy decides about it is decided about the call.
     let is_http = matches!(decision.call().prepared(), Prepared::Http(_));
-    let first_decision = is_http.then(|| ids.decision_id.clone());
-    let mut services = Services::open(gate, leaf.id(), owner, decision.profile(), first_decision);
-    // A program that was detached since the start would hold nothing: then nothing runs.
-    let held = || gate.enforcer.health();
-    let deadline = grant.deadline() + ENTRY_GRACE;
-    let admitted = held().and_then(|()| services::admit(gate, leaf.id(), decision.profile(), deadline));
+    let hold = Hold {
+        owner,
+        profile: decision.profile(),
+        inbound_ports: &[],
+        deadline: grant.deadline() + ENTRY_GRACE,
+        network: gate.network,
+        first_decision: is_http.then(|| ids.decision_id.clone()),
+        lasts: false,
+    };
+    let (mut held, admitted) = Held::begin(gate, leaf, hold);
     let completed = match admitted {
         Err(error) => Err(NotCompleted::NotStarted(error.to_string())),
         Ok(()) => match job(gate, grant) {
             Err(message) => Err(NotCompleted::NotStarted(message)),
             Ok(job) => {
-                let take = async |listeners| services.listen(listeners);
+                let take = async |listeners| held.services().listen(listeners);
                 let cancelled = async {
                     tokio::select! {
                         () = gate.cancelled() => {}
@@ -219,32 +198,7 @@ async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf, execution:
     };
     // How it ended is settled: a kill that comes now comes too late.
     execution.ending();
-    let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
-    let doomed = leaf.clone();
-    let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
-    egress.flows = services.close().await;
-    match gate.enforcer.retire(leaf.id()) {
-        Ok(counts) => egress.counts = Some(counts),
-        Err(error) => {
-            tracing::error!(%error, decision_id = ids.decision_id, "the kernel's counts are lost");
-            egress.incomplete = true;
-        }
-    }
-    let (counted, lost) = egress.counts.as_ref().map_or((0, 0), |counts| (counts.denied.total(), counts.events_lost));
-    let collected = gate.refusals.take(leaf.id(), counted, lost).await;
-    std::mem::forget(traces);
-    egress.incomplete |= !collected.complete;
-    egress.refusals = collected.refusals;
-    let doomed = leaf.clone();
-    let removed = match killed {
-        Ok(Ok(())) => tokio::task::spawn_blocking(move || doomed.remove()).await.unwrap_or(Ok(())),
-        Ok(Err(error)) => Err(error),
-        Err(_) => Ok(()),
-    };
-    if let Err(error) = removed {
-        // No entry: what is left in it reaches nothing. The next start sweeps it.
-        tracing::error!(%error, decision_id = ids.decision_id, "a leaf is left behind");
-    }
+    let egress = held.end(&ids.decision_id).await;
     (completed, egress)
 }
 

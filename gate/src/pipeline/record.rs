@@ -103,7 +103,7 @@ fn agreement(egress: &EgressEvidence, sent: u64, received: u64) -> &'static str 
 }
 
 /// The summary first, then the flows (API.md §2).
-fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
+pub(crate) fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
     let (mut sent, mut received, mut denied) = (0_u64, 0_u64, 0_u64);
     for flow in &egress.flows {
         sent = sent.saturating_add(flow.bytes_from_sandbox);

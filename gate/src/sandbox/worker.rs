@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use super::protocol::INIT_NAME;
 
 mod confine;
+
+pub use confine::landlock_version;
 pub mod http;
 mod init;
 pub(super) mod root;
