@@ -1,6 +1,7 @@
 //! The terminal, as whoever sits before it knows one.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use latchgate_tests::session::Session;
 
@@ -16,8 +17,10 @@ fn a_shell_talks_sizes_and_ends_with_its_code() {
     session.see("/dev/pts/");
     session.see(work.to_str().unwrap());
     session.resize(50, 132);
-    session.say("stty size\r");
-    session.see("50 132");
+    // What is typed may come before the size does.
+    session.say("until stty size | grep '50 132'; do sleep 0.1; done; echo res'i'zed\r");
+    session.see("\n50 132");
+    session.see("resized");
     session.say("echo written > here; exec 3>/dev/tty; echo to-the-terminal >&3; echo both > /dev/stderr\r");
     session.see("\nto-the-terminal");
     session.see("\nboth");
@@ -29,16 +32,19 @@ fn a_shell_talks_sizes_and_ends_with_its_code() {
 #[test]
 fn ctrl_c_ends_what_is_in_the_foreground_and_not_the_shell() {
     let (gate, work) = gate("signals", "");
+    fs::write(work.join("stays"), "#!/bin/sh\necho lingering $1\nsleep 100\n").unwrap();
+    fs::set_permissions(work.join("stays"), fs::Permissions::from_mode(0o755)).unwrap();
     let mut session = Session::start(&gate, "none", &work, &["/bin/bash", "--norc", "-i"]);
-    session.say("sleep 100; echo st'a'tus $?\r");
-    session.see("sleep 100");
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    session.see("$ ");
+    session.say("sh -c 'echo fi\\rst; sleep 100'\r");
+    session.see("first");
     session.say("\x03");
+    session.see("^C");
     session.say("echo wa's' $?\r");
     session.see("was 130");
     // Job control.
-    session.say("sleep 100\r");
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    session.say("sh -c 'echo seco\\nd; sleep 100'\r");
+    session.see("second");
     session.say("\x1a");
     session.see("Stopped");
     session.say("kill %1; exit 0\r");
