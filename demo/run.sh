@@ -8,11 +8,14 @@ python=$2
 
 address=127.0.71.76
 work=$(mktemp -d /tmp/latchgate-demo.XXXXXX)
+# The confined agent runs as nobody in particular and has to get there.
+agent=$(mktemp -d /tmp/latchgate-agent.XXXXXX)
+chmod 0755 "$agent"
 pids=()
 finish() {
     for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
     for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
-    rm -rf "$work"
+    rm -rf "$work" "$agent"
 }
 trap finish EXIT
 
@@ -63,6 +66,10 @@ name = "agent"
 path = "$XDG_RUNTIME_DIR/latchgate/gate.sock"
 principal = "uid-$(id -u)"
 peers = { "$(id -u)" = "uid-$(id -u)" }
+
+# What the agent itself is held to: nothing but the gate. It sees the client's packages and this demo.
+[profiles.agent]
+read_only = ["$agent/packages"]
 TOML
 
 "$gate" up --config "$work/latchgate.toml" 2>"$work/gate.log" &
@@ -73,5 +80,15 @@ wait_for "test -S $XDG_RUNTIME_DIR/latchgate/gate.sock" "the gate" "$work/gate.l
 
 printf '\n== The receipt of that last call: what the kernel counted, and what it refused\n'
 "$gate" receipts show --ledger "$work/state/ledger" "$(cat "$work/receipt")" --evidence
+# With the agent's own process held too, there is no way around the gate: it reaches the gate's socket and nothing else.
+cp -r "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" "$agent/packages"
+cp demo/confined.py "$agent/"
+minor='import sys; print(sys.version_info[:2])'
+if [ "$("$python" -c "$minor")" = "$(/usr/bin/python3 -c "$minor" 2>/dev/null)" ]; then
+    (cd "$agent" && PYTHONPATH="$agent/packages" "$gate" confine --socket "$work/operator/operator.sock" \
+        --key "$work/state/operator.json" --profile agent -- /usr/bin/python3 confined.py "$address" </dev/null)
+else
+    printf '\n== The confined agent is left out: the client was installed for another Python than /usr/bin/python3\n'
+fi
 printf '\n== The whole ledger, verified offline with nothing but the public keys\n'
 "$gate" receipts verify --ledger "$work/state/ledger" --keys "$work/state/ledger/receipt-keys.json"

@@ -113,6 +113,7 @@ fn keep(stored: *mut ClientSocket, original: &Endpoint) {
         write_volatile(&raw mut (*to).address[3], original.address[3]);
         write_volatile(&raw mut (*to).family, original.family);
         write_volatile(&raw mut (*to).port, original.port);
+        write_volatile(&raw mut (*stored).accepted, 0);
     }
 }
 

@@ -16,6 +16,7 @@ use egress_ebpf::{
     MAX_CONNECTIONS_PER_LEAF, NO_NUMBER,
 };
 
+use crate::inbound;
 use crate::packet::Endpoint;
 use crate::refuse::{Refusal, add, counts_of, note, take_number};
 use crate::{
@@ -109,6 +110,11 @@ pub fn on_client(ctx: &SockOpsContext) {
             unsafe {
                 let Some(counts) = counts_of((*stored).leaf) else { return };
                 add(&raw mut (*counts).connections, 1);
+            }
+        }
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            if let Some(sk) = socket(ctx) {
+                inbound::accepted(sk);
             }
         }
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB => look_for_fin(ctx),

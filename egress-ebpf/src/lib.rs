@@ -30,6 +30,10 @@ pub const EVENTS_PER_LEAF: u64 = 1_024;
 pub const MAX_REACH: usize = 131_072;
 /// Of them, those of one leaf.
 pub const MAX_REACH_PER_LEAF: usize = 4_096;
+/// Ports that all leaves together answer at.
+pub const MAX_INBOUND: usize = 16_384;
+/// Of them, those of one leaf.
+pub const MAX_INBOUND_PER_LEAF: usize = 64;
 /// DNS queries that have left a leaf and that the resolver has not taken yet.
 pub const MAX_QUERIES: usize = 65_536;
 /// Of them, those of one leaf; the next is refused, so that a leaf cannot fill the map for the others.
@@ -209,6 +213,8 @@ pub struct Counts {
     pub queries: u64,
     /// Connections that have no record, or whose record does not say how they ended.
     pub connections_lost: u64,
+    /// Connections that were made to the leaf and that it answered.
+    pub inbound: u64,
 }
 
 /// One refusal.
@@ -325,6 +331,9 @@ pub struct ClientSocket {
     pub number: u64,
     /// Where a carried connection was meant to go; no family when it was meant for the proxy.
     pub original: Destination,
+    /// Not zero on a socket that somebody else connected to; a connect of its own ends that.
+    pub accepted: u32,
+    pub reserved: u32,
 }
 
 /// The DNS servers that a UDP socket has asked, by slot. They stay as long as the socket.
@@ -372,6 +381,15 @@ pub struct QueryRecord {
     pub at_ns: u64,
     /// The server that was asked; its port is [`DNS_PORT`].
     pub server: Destination,
+}
+
+/// A port that a leaf answers at, in host byte order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct InboundKey {
+    pub leaf: u64,
+    pub port: u32,
+    pub reserved: u32,
 }
 
 /// What a leaf may reach, in a trie of longest prefixes: both halves of the leaf's id, the family, a port in host byte

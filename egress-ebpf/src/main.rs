@@ -11,6 +11,7 @@
 mod carry;
 mod flow;
 mod guards;
+mod inbound;
 mod packet;
 mod query;
 mod refuse;
@@ -26,9 +27,9 @@ use aya_ebpf::programs::{SkBuffContext, SockAddrContext, SockContext, SockOpsCon
 use egress_ebpf::guard::Guard;
 use egress_ebpf::{
     AcceptedSocket, AskedServers, ClientSocket, Connection, ConnectionKey, Control, Counts, EVENT_BYTES, Event,
-    FlowKey, FlowRecord, HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, KIND_ALLOWLIST, KIND_NONE, KIND_PROXY_ONLY,
-    LeafEntry, MAPPED_WORD, MAX_CONNECTIONS, MAX_FLOWS, MAX_LEAVES, MAX_LEVEL, MAX_QUERIES, MAX_REACH, QueryKey,
-    QueryRecord, ReachKey, Reason,
+    FlowKey, FlowRecord, HEARTBEAT_LIMIT_NS, HEARTBEAT_SKEW_NS, Hook, InboundKey, KIND_ALLOWLIST, KIND_NONE,
+    KIND_PROXY_ONLY, LeafEntry, MAPPED_WORD, MAX_CONNECTIONS, MAX_FLOWS, MAX_INBOUND, MAX_LEAVES, MAX_LEVEL,
+    MAX_QUERIES, MAX_REACH, QueryKey, QueryRecord, ReachKey, Reason,
 };
 
 use crate::guards::on;
@@ -63,6 +64,9 @@ static CONNECTIONS: HashMap<ConnectionKey, Connection, MAX_CONNECTIONS, NO_PREAL
 /// What leaves with an allowlist may reach. A value is the leaf of its key.
 #[btf_map]
 static REACH: LpmTrie<ReachKey, u64, MAX_REACH> = LpmTrie::new();
+/// Ports that leaves answer at. A value is the leaf of its key.
+#[btf_map]
+static INBOUND: HashMap<InboundKey, u64, MAX_INBOUND, NO_PREALLOC> = HashMap::new();
 /// Who asks, until the resolver takes it.
 #[btf_map]
 static QUERIES: HashMap<QueryKey, QueryRecord, MAX_QUERIES, NO_PREALLOC> = HashMap::new();
@@ -338,6 +342,7 @@ fn on_packet(ctx: &SkBuffContext, hook: Hook) -> i32 {
     let header = packet::parse(ctx, hook);
     let verdict = match kind_of(&control, leaf) {
         Err(reason) => Err(reason),
+        Ok(_) if inbound::passes(ctx, hook, leaf, &header) => Ok(()),
         Ok(KIND_NONE) => Err(Reason::ProfileNone),
         Ok(_) if !header.readable => Err(Reason::Malformed),
         Ok(kind) if header.protocol == IPPROTO_UDP => query::on_packet(ctx, hook, &control, leaf, kind, &header),

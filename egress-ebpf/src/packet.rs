@@ -173,6 +173,12 @@ pub fn dns_id(ctx: &SkBuffContext, transport: u32) -> Option<u16> {
     Some(u16::from_be_bytes([header[0], header[1]]))
 }
 
+/// The flags of a TCP header (RFC 9293 §3.1); none where there is no such header.
+#[inline(always)]
+pub fn tcp_flags(ctx: &SkBuffContext, transport: u32) -> u8 {
+    load::<14>(ctx, transport).map_or(0, |header| header[13])
+}
+
 #[inline(always)]
 fn load<const N: usize>(ctx: &SkBuffContext, offset: u32) -> Option<[u8; N]> {
     let mut bytes = MaybeUninit::<[u8; N]>::uninit();

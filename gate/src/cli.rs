@@ -2,6 +2,7 @@
 
 mod actions;
 mod client;
+mod confine;
 mod doctor;
 mod egress;
 mod executions;
@@ -47,6 +48,9 @@ enum Command {
     /// The actions that a gate would load.
     #[command(subcommand)]
     Actions(actions::Command),
+    /// Run a command (an agent, say) so that it reaches what a profile names, and the gate, and nothing else.
+    #[command(after_help = confine::HELP)]
+    Confine(confine::Arguments),
     /// Who contacted what, what each action may reach, and why something was refused.
     #[command(subcommand)]
     Egress(egress::Command),
@@ -80,6 +84,11 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr(cli.log_json);
     let done = match cli.command {
+        // It ends as what it ran.
+        Command::Confine(arguments) => match confine::run(&arguments) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
         Command::Serve(arguments) => serve::run(&arguments),
         Command::Up(arguments) => up::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),

@@ -33,6 +33,8 @@ pub struct Config {
     pub definitions: Definitions,
     pub budgets: Vec<Budget>,
     pub egress: Egress,
+    /// What `latchgate confine` can hold a command to, by name; `none` is always there.
+    pub profiles: BTreeMap<String, ConfineProfile>,
     pub sandbox: Sandbox,
     pub limits: Limits,
     pub metrics: Metrics,
@@ -171,6 +173,41 @@ pub enum SelftestMode {
     Cached,
 }
 
+/// What a session of `latchgate confine` is held to.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ConfineProfile {
+    /// As a manifest's `egress.allowed_domains`; empty reaches nothing.
+    pub allowed_domains: Vec<toml::Value>,
+    /// TCP ports at which others are answered; the session is then in the shared network.
+    pub inbound_ports: Vec<u16>,
+    /// Whom it runs as, never 0. Absent: the caller's own, or where that is root or the gate's, one of `sandbox.uid_base`.
+    pub uid: Option<u32>,
+    /// The uid's number when absent.
+    pub gid: Option<u32>,
+    /// Directories and files of the machine that it sees besides its working directory, at the same paths.
+    pub read_only: Vec<PathBuf>,
+    pub writable: Vec<PathBuf>,
+    /// Mebibytes of all of it; of the data of each process where no memory controller is.
+    pub memory_mb: u64,
+    pub max_processes: u32,
+}
+
+impl Default for ConfineProfile {
+    fn default() -> Self {
+        Self {
+            allowed_domains: Vec::new(),
+            inbound_ports: Vec::new(),
+            uid: None,
+            gid: None,
+            read_only: Vec::new(),
+            writable: Vec::new(),
+            memory_mb: 4096,
+            max_processes: 512,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sandbox {
@@ -230,6 +267,7 @@ impl Default for Config {
             definitions: Definitions::default(),
             budgets: Vec::new(),
             egress: Egress::default(),
+            profiles: BTreeMap::new(),
             sandbox: Sandbox::default(),
             limits: Limits::default(),
             metrics: Metrics::default(),
@@ -362,6 +400,12 @@ impl Config {
                 "sandbox.max_concurrent",
                 "must be 1 to sandbox.uid_count: each execution has a uid of its own",
             );
+        }
+        if let Some(name) = self.profiles.keys().find(|name| !is_identifier(name)) {
+            return Err(ConfigError::Invalid {
+                key: format!("profiles.{name}"),
+                message: "must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit".to_owned(),
+            });
         }
         for budget in &self.budgets {
             if budget.max_calls.is_none() && budget.max_cost_usd_cents.is_none() {

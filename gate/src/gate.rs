@@ -34,7 +34,7 @@ use crate::selftest::Selftest;
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
 use crate::time::Timestamp;
-use crate::{files, guards, hash};
+use crate::{confine, files, guards, hash};
 
 /// Everything that a request may need.
 pub struct Gate {
@@ -62,6 +62,12 @@ pub struct Gate {
     pub metrics: Metrics,
     /// Executions at the same time.
     pub places: Semaphore,
+    /// What sessions can be held to.
+    pub confined: confine::Profiles,
+    /// Sessions at the same time.
+    pub sessions: Arc<Semaphore>,
+    /// Where the sockets of sessions are made; nobody else's directory.
+    pub session_sockets: PathBuf,
     /// Those that run, and how to end one.
     pub executions: Executions,
     draining: AtomicBool,
@@ -124,6 +130,7 @@ struct Directories {
     store: PathBuf,
     ledger: PathBuf,
     lease_keys: PathBuf,
+    sessions: PathBuf,
     protected: Vec<PathBuf>,
 }
 
@@ -134,10 +141,15 @@ impl Directories {
             store: state.join("store"),
             ledger: state.join("ledger"),
             lease_keys: state.join("lease-keys"),
+            sessions: state.join("sessions"),
             protected: protected(config),
         };
-        for directory in [state, &made.store, &made.ledger, &made.lease_keys] {
+        for directory in [state, &made.store, &made.ledger, &made.lease_keys, &made.sessions] {
             files::private_directory(directory).map_err(part("state_dir"))?;
+        }
+        // Sockets that a dead gate left: the sessions died with it.
+        for left in std::fs::read_dir(&made.sessions).map_err(part("state_dir"))?.flatten() {
+            std::fs::remove_file(left.path()).map_err(part("state_dir"))?;
         }
         Ok(made)
     }
@@ -163,6 +175,7 @@ impl Gate {
         }
         let directories = Directories::make(&config)?;
         let registry = load_registry(&config)?;
+        let confined = confine::Profiles::load(&config.profiles).map_err(part("configuration"))?;
         for warning in registry.warnings() {
             tracing::warn!("{warning}");
         }
@@ -251,6 +264,9 @@ impl Gate {
         Ok(Self {
             places: Semaphore::new(config.sandbox.max_concurrent),
             executions: Executions::default(),
+            confined,
+            sessions: Arc::new(Semaphore::new(confine::MAX_SESSIONS)),
+            session_sockets: directories.sessions,
             config,
             registry,
             policy,

@@ -6,6 +6,7 @@ pub mod action;
 pub mod auth;
 pub mod cli;
 pub mod config;
+pub mod confine;
 pub mod doctor;
 pub mod egress;
 pub mod executions;

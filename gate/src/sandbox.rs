@@ -27,6 +27,7 @@ pub mod probe;
 mod protocol;
 mod runner;
 mod sealed;
+pub mod session;
 mod spawner;
 mod trust;
 pub mod worker;
@@ -35,6 +36,7 @@ pub use cgroup::{CgroupError, CgroupTree, Leaf};
 pub use namespace::NamespaceListeners;
 pub use protocol::{Root, Stage, TRUST_BUNDLE};
 pub use runner::{Runner, RunnerConfig};
+pub use session::{SessionJob, SessionSocket, Terminal};
 
 /// One execution.
 #[derive(Clone, Debug)]

@@ -113,7 +113,8 @@ async fn connection<H, F>(
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout).max_buf_size(64 << 10).half_close(false);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(plain::Plain::new(stream)), service));
+    let served = http.serve_connection(TokioIo::new(plain::Plain::new(stream)), service).with_upgrades();
+    let mut connection = std::pin::pin!(served);
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
         () = stopped(&mut stop) => {

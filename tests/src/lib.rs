@@ -8,6 +8,7 @@ pub mod http;
 pub mod inside;
 pub mod operator;
 pub mod origin;
+pub mod session;
 
 use base64::Engine as _;
 

@@ -15,6 +15,8 @@ mod closing;
 mod dns;
 #[path = "kernel/figures.rs"]
 mod figures;
+#[path = "kernel/inbound.rs"]
+mod inbound;
 #[path = "kernel/tree.rs"]
 mod tree;
 

@@ -78,8 +78,8 @@ async fn serve(config: Config) -> Result<(), Failure> {
     if let Some(bound) = sockets.operators {
         tracing::info!(at = %describe(&bound), "operators");
         let gate = Arc::clone(&gate);
-        servers.spawn(server::serve(bound, limits, stopping.clone(), move |_, request| {
-            server::operator::handle(Arc::clone(&gate), request)
+        servers.spawn(server::serve(bound, limits, stopping.clone(), move |peer, request| {
+            server::operator::handle(Arc::clone(&gate), peer, request)
         }));
     }
     if let Some(bound) = sockets.metrics {

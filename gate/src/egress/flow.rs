@@ -100,6 +100,27 @@ pub enum Agreement {
     Disagree,
 }
 
+impl FlowRecord {
+    /// Makes this record stand for another connection too. What is not the same of both is no longer in it.
+    pub fn fold(&mut self, other: &Self) {
+        self.name = None;
+        self.address = None;
+        self.port = None;
+        self.sni = None;
+        self.client = None;
+        self.error = None;
+        self.connections = self.connections.saturating_add(other.connections);
+        for (sum, more) in [
+            (&mut self.bytes_from_sandbox, other.bytes_from_sandbox),
+            (&mut self.bytes_to_sandbox, other.bytes_to_sandbox),
+            (&mut self.bytes_to_upstream, other.bytes_to_upstream),
+            (&mut self.bytes_from_upstream, other.bytes_from_upstream),
+        ] {
+            *sum = sum.saturating_add(more);
+        }
+    }
+}
+
 /// What was asked of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -25,6 +25,9 @@
 //! what the resolver sees of it ([`DatagramAttribution::asker`]). A profile's addresses are the only ones: what is in
 //! no map is refused.
 //!
+//! Being called. Nothing answers a connection that somebody else makes to a leaf, but at the ports that
+//! [`Enforcer::answer_at`] was told: then a listener's SYN-ACK passes, and what the socket sends that it leads to.
+//!
 //! Loading needs CAP_BPF and CAP_NET_ADMIN, and is always done by a thread that has given up everything else.
 
 // The kernel's interface: bpf(2), clone3(2), poll(2), and the promise that map values are plain bytes.
@@ -48,6 +51,7 @@ mod connections;
 mod counts;
 mod events;
 mod heartbeat;
+mod inbound;
 mod load;
 mod pins;
 mod pod;
@@ -65,6 +69,7 @@ pub use events::KernelEvent;
 pub use sys::boottime_ns;
 
 use heartbeat::Heartbeat;
+use inbound::Inbound;
 use queries::Queries;
 use reach::Reach;
 
@@ -192,6 +197,8 @@ pub enum KernelError {
     NotAllowlist(LeafId),
     #[error("leaf {} cannot reach more addresses", .0.0)]
     ReachFull(LeafId),
+    #[error("leaf {} cannot answer at more ports", .0.0)]
+    InboundFull(LeafId),
     #[error("{0}/{1} is no network")]
     Network(IpAddr, u8),
     #[error("0 is no port")]
@@ -218,6 +225,7 @@ pub struct Enforcer {
     accepted: SkStorage<MapData, pod::AcceptedSocket>,
     connections: Mutex<connections::Map>,
     reach: Mutex<Reach>,
+    inbound: Mutex<Inbound>,
     queries: Queries,
     generation: u64,
     program_hash: String,
@@ -252,6 +260,7 @@ impl Enforcer {
             accepted: loaded.accepted,
             connections: Mutex::new(loaded.connections),
             reach: Mutex::new(loaded.reach),
+            inbound: Mutex::new(loaded.inbound),
             queries,
             generation,
             program_hash: crate::hash::sha256_tagged(OBJECT),
@@ -285,7 +294,10 @@ impl Enforcer {
             inserted.map_err(|source| refused(leaf, "LEAVES", source))
         });
         match &admitted {
-            Ok(()) => locked(&self.reach).admit(leaf, profile),
+            Ok(()) => {
+                locked(&self.reach).admit(leaf, profile);
+                locked(&self.inbound).admit(leaf);
+            }
             Err(_) => {
                 self.queries.retire(leaf);
                 let _ = locked(&self.counts).remove(&leaf.0);
@@ -304,6 +316,15 @@ impl Enforcer {
         locked(&self.reach).insert(leaf, network, ports)
     }
 
+    /// Lets an admitted leaf of any profile answer TCP connections that others make to it at `ports`. Gone when the leaf
+    /// is retired.
+    ///
+    /// # Errors
+    /// Nothing is changed then: [`KernelError::InboundFull`] when the leaf or all leaves together have as many as fit.
+    pub fn answer_at(&self, leaf: LeafId, ports: &[u16]) -> Result<(), KernelError> {
+        locked(&self.inbound).insert(leaf, ports)
+    }
+
     /// Takes the entry away, so that the leaf is closed, and then reads and deletes what was counted. To be called after
     /// the leaf's processes were killed and the proxy has closed and noted its connections.
     pub fn retire(&self, leaf: LeafId) -> Result<KernelCounts, KernelError> {
@@ -314,6 +335,7 @@ impl Enforcer {
     pub fn retire_with_connections(&self, leaf: LeafId) -> Result<(KernelCounts, KernelConnections), KernelError> {
         let removed = locked(&self.leaves).remove(&leaf.0);
         locked(&self.reach).retire(leaf);
+        locked(&self.inbound).retire(leaf);
         self.queries.retire(leaf);
         let counted = {
             let mut counts = locked(&self.counts);

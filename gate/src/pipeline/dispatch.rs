@@ -2,38 +2,38 @@
 //! that leaves no moment open (kill → the proxy notes → the entry goes → counters → the leaf goes).
 
 pub mod attempts;
+mod held;
 mod interpret;
 mod services;
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
-use crate::egress::LeafId;
-use crate::egress::agreement::{self, Moment};
-use crate::egress::flow::{Agreement, FlowRecord, Verdict};
-use crate::egress::flows::{KernelRefusal, Owner};
-use crate::egress::kernel::{KernelCounts, boottime_ns};
-use crate::egress::profile::{EntryProtocol, Profile};
+use crate::egress::flow::Verdict;
+use crate::egress::flows::Owner;
+use crate::egress::profile::EntryProtocol;
 use crate::executions::{Killed, Registered};
 use crate::gate::Gate;
 use crate::ledger::{NormalizedResult, VerificationOutcome};
 use crate::pipeline::Ids;
-use crate::pipeline::dispatch::services::Services;
 use crate::pipeline::grant::Grant;
 use crate::sandbox::{Completed, Exit, Job, Leaf, Limits, Program, Root, SandboxError, SealedFile};
 use crate::time::Timestamp;
+
+pub use held::EgressEvidence;
+pub(crate) use held::{Held, Hold};
 
 /// What a kernel entry lives beyond its action's own time: starting the sandbox, and ending it.
 const ENTRY_GRACE: Duration = Duration::from_secs(10);
 
 /// Where programs look for a proxy; both spellings are in use.
-const PROXY_VARIABLES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+pub(crate) const PROXY_VARIABLES: [&str; 6] =
+    ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum DispatchError {
@@ -70,20 +70,6 @@ impl From<SandboxError> for NotCompleted {
     fn from(error: SandboxError) -> Self {
         if error.nothing_ran() { Self::NotStarted(error.to_string()) } else { Self::Unknown(error.to_string()) }
     }
-}
-
-/// What the kernel and the proxy saw of one execution.
-#[derive(Debug, Default)]
-pub struct EgressEvidence {
-    pub counts: Option<KernelCounts>,
-    /// Each connection with what kernel and proxy counted of it, and each name that was refused.
-    pub flows: Vec<FlowRecord>,
-    /// The worst of the flows' agreements; `None` when nothing was compared.
-    pub agreement: Option<Agreement>,
-    /// What the kernel refused, one by one.
-    pub refusals: Vec<Arc<KernelRefusal>>,
-    /// Set when a part of the evidence could not be had.
-    pub incomplete: bool,
 }
 
 /// The parts of an answer that are about the run itself.
@@ -176,119 +162,48 @@ async fn execute(gate: &Gate, grant: &Grant, ids: &Ids, execution: &Registered) 
     ran
 }
 
-/// What an execution has in the kernel's map and among the refusals; given back also when nobody comes to the end.
-struct Traces<'a> {
-    gate: &'a Gate,
-    leaf: LeafId,
-}
-
-impl Drop for Traces<'_> {
-    fn drop(&mut self) {
-        let _ = self.gate.enforcer.retire(self.leaf);
-        self.gate.refusals.forget(self.leaf);
-    }
-}
-
+/// From here on every exit goes through the end of the leaf.
 async fn confined(gate: &Gate, grant: &Grant, ids: &Ids, leaf: &Leaf, execution: &Registered) -> Ran {
     let decision = grant.decision();
+    let manifest = decision.call().manifest();
+    let owner = Owner {
+        execution_id: grant.grant_id().to_owned(),
+        action_id: manifest.action_id.clone(),
+        principal: grant.principal().to_owned(),
+        workspace: gate.config.workspace.clone(),
+    };
     // The worker makes one connection: what the proxy decides about it is decided about the call.
     let is_http = matches!(decision.call().prepared(), Prepared::Http(_));
-    let held = Held {
-        owner: Owner {
-            execution_id: grant.grant_id().to_owned(),
-            action_id: decision.call().manifest().action_id.clone(),
-            principal: grant.principal().to_owned(),
-            workspace: gate.config.workspace.clone(),
-        },
+    let hold = Hold {
+        owner,
         profile: decision.profile(),
-        time: grant.deadline(),
+        inbound_ports: &[],
+        deadline: grant.deadline() + ENTRY_GRACE,
+        network: gate.network,
         first_decision: is_http.then(|| ids.decision_id.clone()),
-        decision_id: &ids.decision_id,
+        lasts: false,
     };
-    let cancelled = async {
-        tokio::select! {
-            () = gate.cancelled() => {}
-            () = execution.killed() => {}
-        }
-    };
-    // Once it has ended, how it ended is settled: a kill that comes then comes too late.
-    let ended = || {
-        execution.ending();
-    };
-    hold(gate, leaf, held, || job(gate, grant), cancelled, ended).await
-}
-
-/// Whose a leaf is, and what holds it.
-struct Held<'a> {
-    owner: Owner,
-    profile: &'a Profile,
-    time: Duration,
-    first_decision: Option<String>,
-    decision_id: &'a str,
-}
-
-/// From here on every exit goes through the end of the leaf.
-async fn hold(
-    gate: &Gate,
-    leaf: &Leaf,
-    Held { owner, profile, time, first_decision, decision_id }: Held<'_>,
-    job: impl FnOnce() -> Result<Job, String>,
-    cancelled: impl Future<Output = ()>,
-    ended: impl FnOnce(),
-) -> Ran {
-    let traces = Traces { gate, leaf: leaf.id() };
-    gate.refusals.expect(leaf.id(), owner.clone());
-    let before = gate.flows.newest();
-    let mut services = Services::open(gate, leaf.id(), owner.clone(), profile, first_decision);
-    // A program that was detached since the start would hold nothing: then nothing runs.
-    let held = || gate.enforcer.health();
-    let admitted = held().and_then(|()| services::admit(gate, leaf.id(), profile, time + ENTRY_GRACE));
+    let (mut held, admitted) = Held::begin(gate, leaf, hold);
     let completed = match admitted {
         Err(error) => Err(NotCompleted::NotStarted(error.to_string())),
-        Ok(()) => match job() {
+        Ok(()) => match job(gate, grant) {
             Err(message) => Err(NotCompleted::NotStarted(message)),
             Ok(job) => {
-                let take = async |listeners| services.listen(listeners);
+                let take = async |listeners| held.services().listen(listeners);
+                let cancelled = async {
+                    tokio::select! {
+                        () = gate.cancelled() => {}
+                        () = execution.killed() => {}
+                    }
+                };
                 gate.runner.run_with(leaf, job, take, cancelled).await.map_err(NotCompleted::from)
             }
         },
     };
-    ended();
-    let mut egress = EgressEvidence { incomplete: held().is_err(), ..EgressEvidence::default() };
-    let killed_ns = completed.as_ref().ok().and_then(|completed| completed.killed_ns).unwrap_or_else(boottime_ns);
-    let doomed = leaf.clone();
-    let killed = tokio::task::spawn_blocking(move || doomed.kill()).await;
-    egress.flows = services.close().await;
-    let connections = match gate.enforcer.retire_with_connections(leaf.id()) {
-        Ok((counts, connections)) => {
-            egress.counts = Some(counts);
-            egress.incomplete |= connections.lost > 0;
-            Some(connections)
-        }
-        Err(error) => {
-            tracing::error!(%error, decision_id, "the kernel's counts are lost");
-            egress.incomplete = true;
-            None
-        }
-    };
-    let worst = agreement::join(&mut egress.flows, connections.as_ref(), &owner, killed_ns, Moment::now());
-    egress.agreement = Some(worst);
-    gate.flows.compared(&egress.flows, before);
-    let (counted, lost) = egress.counts.as_ref().map_or((0, 0), |counts| (counts.denied.total(), counts.events_lost));
-    let collected = gate.refusals.take(leaf.id(), counted, lost).await;
-    std::mem::forget(traces);
-    egress.incomplete |= !collected.complete;
-    egress.refusals = collected.refusals;
-    let doomed = leaf.clone();
-    let removed = match killed {
-        Ok(Ok(())) => tokio::task::spawn_blocking(move || doomed.remove()).await.unwrap_or(Ok(())),
-        Ok(Err(error)) => Err(error),
-        Err(_) => Ok(()),
-    };
-    if let Err(error) = removed {
-        // No entry: what is left in it reaches nothing. The next start sweeps it.
-        tracing::error!(%error, decision_id, "a leaf is left behind");
-    }
+    // How it ended is settled: a kill that comes now comes too late.
+    execution.ending();
+    let killed_ns = completed.as_ref().ok().and_then(|completed| completed.killed_ns);
+    let egress = held.end(&ids.decision_id, killed_ns).await;
     (completed, egress)
 }
 

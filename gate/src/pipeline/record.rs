@@ -91,7 +91,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
 }
 
 /// The summary first, then the flows (API.md §2).
-fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
+pub(crate) fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
     let (mut sent, mut received, mut denied) = (0_u64, 0_u64, 0_u64);
     for flow in &egress.flows {
         sent = sent.saturating_add(flow.bytes_from_sandbox);

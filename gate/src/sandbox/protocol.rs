@@ -66,8 +66,30 @@ pub struct Spec {
     pub processes: u32,
     /// Bound of each process, where no memory controller holds the leaf.
     pub process_memory_bytes: Option<u64>,
+    /// For a program with a terminal; its entry is a command.
+    #[serde(default)]
+    pub session: Option<Session>,
     #[cfg(feature = "test-guards")]
     pub guards_off: u64,
+}
+
+/// What a program with a terminal has beside a command's root. Every path is seen where it is outside.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Session {
+    /// The terminal's device.
+    pub terminal: PathBuf,
+    /// Where it starts; writable.
+    pub directory: PathBuf,
+    pub read_only: Vec<PathBuf>,
+    pub writable: Vec<PathBuf>,
+    /// Where the gate's socket is shown; the socket itself is the descriptor after the sealed files, a detached mount
+    /// that the spawner made.
+    pub socket: Option<PathBuf>,
+    /// Sockets below what is shown: nothing is at their place inside.
+    pub covered: Vec<PathBuf>,
+    /// Whether abstract sockets of others are in its network namespace, so that nothing but Landlock's scope is before
+    /// them.
+    pub scope_needed: bool,
 }
 
 /// Where the making of a sandbox failed.

@@ -1,5 +1,6 @@
 //! Starting an execution, carrying its pipes, and bringing it to an end.
 
+use std::ffi::CString;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,6 +25,7 @@ use super::{Completed, Exit, Job, Leaf, Limits, Program, SandboxError};
 use crate::egress::kernel::boottime_ns;
 
 mod prepare;
+mod session;
 
 use prepare::{check_exposed, open_executable, prepare};
 
@@ -157,7 +159,7 @@ impl Runner {
         let ports = Ports::of(super::Network::Isolated { tcp_port: 1, udp_base: Some(1), udp_slots: 1 })?;
         // Its end of these tells the child that the gate is there.
         let (_ours, descriptors) = pipes().map_err(|e| SandboxError::Io("pipes", e))?;
-        let child = spawn(&self.0, leaf, descriptors, uid.id, ports).await?;
+        let child = spawn(&self.0, leaf, descriptors, (uid.id, uid.id), None, ports).await?;
         child.kill();
         spawner::collect(&child);
         Ok(())
@@ -246,13 +248,14 @@ async fn spawn(
     inner: &Inner,
     leaf: &Leaf,
     descriptors: Vec<OwnedFd>,
-    outside_id: u32,
+    outside: (u32, u32),
+    tree: Option<CString>,
     network: Option<Ports>,
 ) -> Result<Child, SandboxError> {
     let (reply, made) = oneshot::channel();
     let leaf = leaf.directory().try_clone_to_owned().map_err(|e| SandboxError::Io("leaf", e))?;
     let executable = Arc::clone(&inner.executable);
-    inner.spawner.send(Request { leaf, executable, descriptors, outside_id, network, reply })?;
+    inner.spawner.send(Request { leaf, executable, descriptors, outside, tree, network, reply })?;
     made.await.map_err(|_| SandboxError::SpawnerGone)?
 }
 
@@ -293,12 +296,13 @@ async fn execute(
         scratch_bytes: limits.scratch_bytes,
         processes: limits.processes,
         process_memory_bytes: (!memory_held).then_some(limits.memory_bytes),
+        session: None,
         #[cfg(feature = "test-guards")]
         guards_off: crate::guards::bits(),
     };
     let spec = protocol::encode_spec(&spec).map_err(|e| SandboxError::Io("spec", e))?;
 
-    let mut child = spawn(inner, leaf, descriptors, uid.id, ports).await?;
+    let mut child = spawn(inner, leaf, descriptors, (uid.id, uid.id), None, ports).await?;
 
     // From here on the uid goes back only when the leaf is known to be empty.
     uid.reusable = false;

@@ -5,7 +5,7 @@
 //! long as the runner.
 #![allow(unsafe_code)] // clone3 and what its child does before it executes: no safe interface reaches there.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -43,7 +43,9 @@ pub struct Request {
     /// Its descriptors 0, 1, 2, … in order. Closed on this side once the child has them.
     pub descriptors: Vec<OwnedFd>,
     /// The uid and gid outside.
-    pub outside_id: u32,
+    pub outside: (u32, u32),
+    /// A path of the gate's, of which the child has a detached mount as the descriptor after its others.
+    pub tree: Option<CString>,
     /// A network namespace of its own, with the gate's sockets on these.
     pub network: Option<Ports>,
     pub reply: oneshot::Sender<Result<Child, SandboxError>>,
@@ -89,8 +91,8 @@ impl Spawner {
 }
 
 fn serve(queue: &Receiver<Request>) {
-    while let Ok(Request { leaf, executable, descriptors, outside_id, network, reply }) = queue.recv() {
-        let made = spawn(&leaf, &executable, &descriptors, outside_id, network);
+    while let Ok(Request { leaf, executable, descriptors, outside, tree, network, reply }) = queue.recv() {
+        let made = spawn(&leaf, &executable, &descriptors, outside, tree.as_deref(), network);
         drop(descriptors);
         if let Err(Ok(child)) = reply.send(made) {
             child.kill();
@@ -113,6 +115,8 @@ struct Layout<'a> {
     /// Descriptors above every target, in the order of the targets.
     sources: &'a [RawFd],
     executable: RawFd,
+    /// Null: none.
+    tree: *const libc::c_char,
     argv: [*const libc::c_char; 2],
     envp: [*const libc::c_char; 1],
 }
@@ -121,19 +125,21 @@ fn spawn(
     leaf: &OwnedFd,
     executable: &OwnedFd,
     descriptors: &[OwnedFd],
-    outside_id: u32,
+    outside: (u32, u32),
+    tree: Option<&CStr>,
     network: Option<Ports>,
 ) -> Result<Child, SandboxError> {
     let in_clone = |source| setup_error(Stage::Clone, "descriptors", source);
     let count = RawFd::try_from(descriptors.len()).map_err(|e| in_clone(io::Error::other(e)))?;
     // Sources that lie above all targets cannot be overwritten while the targets are filled.
-    let raise = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, count + 1).map_err(|e| in_clone(e.into()));
+    let raise = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, count + 2).map_err(|e| in_clone(e.into()));
     let raised = descriptors.iter().map(raise).collect::<Result<Vec<_>, _>>()?;
     let raised_executable = raise(executable)?;
     let sources: Vec<RawFd> = raised.iter().map(AsRawFd::as_raw_fd).collect();
     let layout = Layout {
         sources: &sources,
         executable: raised_executable.as_raw_fd(),
+        tree: tree.map_or(ptr::null(), CStr::as_ptr),
         argv: [INIT_ARGUMENT.as_ptr(), ptr::null()],
         envp: [ptr::null()],
     };
@@ -150,7 +156,7 @@ fn spawn(
     let cloned = unsafe { clone_with(namespaces as u64, Some(leaf.as_fd()), || become_init(&layout)) };
     let (pid, pidfd) = cloned.map_err(|e| setup_error(Stage::Clone, "clone3", e))?;
     let mut child = Child { pidfd, listeners: None };
-    let made = map_ids(pid, outside_id).map_err(|e| setup_error(Stage::IdMap, "uid_map, gid_map", e)).and_then(|()| {
+    let made = map_ids(pid, outside).map_err(|e| setup_error(Stage::IdMap, "uid_map, gid_map", e)).and_then(|()| {
         child.listeners = network.map(|ports| namespace::listen(&child, ports)).transpose()?;
         Ok(())
     });
@@ -209,16 +215,15 @@ pub(super) unsafe fn clone_with(
 }
 
 /// One uid and one gid, and no others, exist in the child's user namespace (user_namespaces(7)).
-fn map_ids(pid: Pid, outside_id: u32) -> io::Result<()> {
+fn map_ids(pid: Pid, (uid, gid): (u32, u32)) -> io::Result<()> {
     if !guards::on(Guard::UserNamespace) {
         return Ok(());
     }
-    let line = format!("{INSIDE_ID} {outside_id} 1\n");
     let directory = format!("/proc/{}", pid.as_raw_nonzero());
     // When memory is short, a sandbox goes before the gate does. Not being able to say so is no reason to stop.
     let _ = fs::write(format!("{directory}/oom_score_adj"), "1000");
-    fs::write(format!("{directory}/gid_map"), &line)?;
-    fs::write(format!("{directory}/uid_map"), &line)
+    fs::write(format!("{directory}/gid_map"), format!("{INSIDE_ID} {gid} 1\n"))?;
+    fs::write(format!("{directory}/uid_map"), format!("{INSIDE_ID} {uid} 1\n"))
 }
 
 /// The child's way from clone3 to the second image.
@@ -238,10 +243,12 @@ unsafe fn become_init(layout: &Layout<'_>) -> ! {
             }
             target += 1;
         }
-        check(Stage::Image, libc::syscall(libc::SYS_dup3, layout.executable, count, libc::O_CLOEXEC));
+        // After all that the child keeps, a mount that is still to be opened among them.
+        let image = if layout.tree.is_null() { count } else { count + 1 };
+        check(Stage::Image, libc::syscall(libc::SYS_dup3, layout.executable, image, libc::O_CLOEXEC));
         // Before anything blocks: a copy of another child's control pipe, held here, would hide the gate's death from it.
         if guards::on(Guard::CloseDescriptors) {
-            check(Stage::Image, libc::syscall(libc::SYS_close_range, count as u32 + 1, LAST_FD, 0));
+            check(Stage::Image, libc::syscall(libc::SYS_close_range, image as u32 + 1, LAST_FD, 0));
         }
 
         let none = 0_u64;
@@ -262,6 +269,12 @@ unsafe fn become_init(layout: &Layout<'_>) -> ! {
             libc::syscall(libc::SYS_exit_group, 0);
         }
 
+        if !layout.tree.is_null() {
+            // While it has the gate's own uid: nobody else finds the way there. It gets the lowest free number, and all
+            // below the one that is made free are taken.
+            libc::syscall(libc::SYS_close, count);
+            check(Stage::Root, libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, layout.tree, libc::OPEN_TREE_CLONE));
+        }
         if guards::on(Guard::UserNamespace) {
             check(Stage::Identity, libc::syscall(libc::SYS_setgroups, 0_usize, ptr::null::<libc::gid_t>()));
             check(Stage::Identity, libc::syscall(libc::SYS_setresgid, INSIDE_ID, INSIDE_ID, INSIDE_ID));
@@ -273,7 +286,7 @@ unsafe fn become_init(layout: &Layout<'_>) -> ! {
 
         libc::syscall(
             libc::SYS_execveat,
-            count,
+            image,
             c"".as_ptr(),
             layout.argv.as_ptr(),
             layout.envp.as_ptr(),

@@ -7,6 +7,8 @@ use super::attempts;
 use super::protocol::INIT_NAME;
 
 mod confine;
+
+pub use confine::landlock_version;
 pub mod http;
 mod init;
 pub(super) mod root;

@@ -26,6 +26,7 @@ pub struct ListenerIdentity {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Peer {
     pub uid: Option<u32>,
+    pub gid: Option<u32>,
     pub pid: Option<i32>,
 }
 
@@ -34,7 +35,11 @@ impl Peer {
     /// namespace: not known.
     pub fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
-        Ok(Self { uid: Some(credentials.uid()), pid: credentials.pid().filter(|pid| *pid != 0) })
+        Ok(Self {
+            uid: Some(credentials.uid()),
+            gid: Some(credentials.gid()),
+            pid: credentials.pid().filter(|pid| *pid != 0),
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! What an operator's socket answers (API.md §5): its own directory, its own keys, none of the agents' routes.
 
+mod confine;
 mod egress;
 mod executions;
 
@@ -7,9 +8,11 @@ use std::sync::Arc;
 
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
+use hyper::upgrade::OnUpgrade;
 use hyper::{Request, StatusCode, header};
 use serde_json::json;
 
+use super::listen::Peer;
 use super::{Answer, error};
 use crate::auth::operator::AuthenticatedOperator;
 use crate::gate::{Gate, Readiness};
@@ -31,6 +34,7 @@ enum Route<'a> {
     Explain(&'a str),
     Selftest,
     Executions,
+    Confine,
     Kill(&'a str),
     Metrics,
     Drain,
@@ -48,6 +52,7 @@ impl<'a> Route<'a> {
             "/metrics" => Self::Metrics,
             "/v1/admin/drain" => Self::Drain,
             "/v1/executions" => Self::Executions,
+            "/v1/confine" => Self::Confine,
             other => Self::of_an_id(other)?,
         })
     }
@@ -63,7 +68,7 @@ impl<'a> Route<'a> {
 
     const fn allow(self) -> &'static str {
         match self {
-            Self::Drain | Self::Kill(_) => "POST",
+            Self::Drain | Self::Kill(_) | Self::Confine => "POST",
             Self::Selftest => "GET, POST",
             _ => "GET",
         }
@@ -73,21 +78,23 @@ impl<'a> Route<'a> {
 /// What a route may need of the call itself.
 struct Call<'a> {
     ids: &'a Ids,
-    operator: &'a str,
+    operator: &'a AuthenticatedOperator,
+    peer: Peer,
     parts: &'a Parts,
 }
 
 /// Answers one request of an operator. Each one, refused or not, is an event.
-pub async fn handle(gate: Arc<Gate>, request: Request<Incoming>) -> Answer {
+pub async fn handle(gate: Arc<Gate>, peer: Peer, request: Request<Incoming>) -> Answer {
     let ids = Ids::mint();
-    let (parts, incoming) = request.into_parts();
+    let (mut parts, incoming) = request.into_parts();
+    let upgrade = parts.extensions.remove::<OnUpgrade>();
     let operator = tokio::task::block_in_place(|| authenticate(&gate, &parts));
     let name = operator.as_ref().map(|operator| operator.name().to_owned()).ok();
     let answered = match operator {
         Err(cause) => Err(cause),
         Ok(operator) => {
-            let call = Call { ids: &ids, operator: operator.name(), parts: &parts };
-            route(&gate, &call, incoming).await
+            let call = Call { ids: &ids, operator: &operator, peer, parts: &parts };
+            route(&gate, &call, incoming, upgrade).await
         }
     };
     let event = EventDraft {
@@ -131,7 +138,12 @@ fn authenticate(gate: &Gate, parts: &Parts) -> Result<AuthenticatedOperator, Ref
     })?)
 }
 
-async fn route(gate: &Arc<Gate>, call: &Call<'_>, incoming: Incoming) -> Result<Answer, Refusal> {
+async fn route(
+    gate: &Arc<Gate>,
+    call: &Call<'_>,
+    incoming: Incoming,
+    upgrade: Option<OnUpgrade>,
+) -> Result<Answer, Refusal> {
     let route = Route::of(call.parts.uri.path()).ok_or(Refusal::NotFound)?;
     if !route.allow().split(", ").any(|allowed| allowed == call.parts.method.as_str()) {
         return Err(Refusal::MethodNotAllowed { allow: route.allow() });
@@ -154,7 +166,7 @@ async fn route(gate: &Arc<Gate>, call: &Call<'_>, incoming: Incoming) -> Result<
             if call.parts.method.as_str() == "POST" {
                 // In a task of its own: an operator who hangs up does not leave it half-way.
                 let (gate, by) = (Arc::clone(gate), call.operator.to_owned());
-                tokio::spawn(async move { selftest::run(&gate, &by).await })
+                tokio::spawn(async move { selftest::run(&gate, by.name()).await })
                     .await
                     .map_err(|error| Refusal::Internal { message: error.to_string() })?;
             }
@@ -162,6 +174,7 @@ async fn route(gate: &Arc<Gate>, call: &Call<'_>, incoming: Incoming) -> Result<
         }
         Route::Executions => executions::list(gate),
         Route::Kill(id) => executions::kill(gate, call, id, incoming).await?,
+        Route::Confine => return confine::begin(gate, call, incoming, upgrade).await,
         Route::Metrics => return Ok(gate.metrics.exposition()),
         Route::Drain => {
             gate.drain();

@@ -194,6 +194,34 @@ fn act(state: &mut State, words: &[&str]) -> std::io::Result<String> {
             state.listener = Some(listener);
             Ok(at)
         }
+        // Accepts one, and says something to it.
+        "answer" => {
+            let stream = accept_soon(state.listener.as_ref().unwrap())?;
+            (&stream).write_all(b"hello")?;
+            state.stream = Some(stream);
+            ok
+        }
+        // Takes what was accepted apart and connects elsewhere with it.
+        "accepted-elsewhere" => {
+            let socket = OwnedFd::from(state.stream.take().unwrap());
+            disconnect(&socket)?;
+            connect_raw(&socket, words[1].parse().unwrap())?;
+            ok
+        }
+        // Connects from the address that something else listens on.
+        "connect-from" => {
+            let socket = socket(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+            bind_raw(&socket, words[1].parse().unwrap())?;
+            connect_raw(&socket, words[2].parse().unwrap())?;
+            ok
+        }
+        "hear" => {
+            let mut stream = connect(words[1])?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let mut heard = [0; 5];
+            stream.read_exact(&mut heard)?;
+            Ok(String::from_utf8_lossy(&heard).into_owned())
+        }
         "udp-listen" => {
             let udp = UdpSocket::bind(words[1])?;
             udp.set_read_timeout(Some(PATIENCE))?;
@@ -344,6 +372,39 @@ fn disconnect(socket: &OwnedFd) -> std::io::Result<()> {
     // SAFETY: a valid address of the length that is given.
     let result =
         unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, u32::try_from(size_of_val(&nobody)).unwrap()) };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn accept_soon(listener: &TcpListener) -> std::io::Result<TcpStream> {
+    listener.set_nonblocking(true)?;
+    let began = std::time::Instant::now();
+    loop {
+        match listener.accept() {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && began.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            accepted => {
+                let (stream, _) = accepted?;
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+        }
+    }
+}
+
+fn bind_raw(socket: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
+    let (address, one) = (address_of(to), 1_i32);
+    let length = |value: usize| u32::try_from(value).unwrap();
+    // SAFETY: valid buffers of the lengths that are given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_REUSEPORT,
+            (&raw const one).cast(),
+            length(size_of_val(&one)),
+        ) | libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length(size_of_val(&address)))
+    };
     if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -44,6 +44,8 @@ pub struct KernelCounts {
     pub bytes_received: u64,
     /// Flows that were begun and had not reached TCP_CLOSE when this was read: their payload is not counted.
     pub open_flows: u64,
+    /// TCP connections that were made to the leaf and that it answered.
+    pub inbound: u64,
     /// With IP and TCP headers and repeats.
     pub wire_bytes_out: u64,
     pub wire_bytes_in: u64,
@@ -62,6 +64,7 @@ impl From<types::Counts> for KernelCounts {
             bytes_sent: counts.bytes_sent,
             bytes_received: counts.bytes_received,
             open_flows: counts.flows_begun.saturating_sub(counts.flows_closed),
+            inbound: counts.inbound,
             wire_bytes_out: counts.wire_bytes_out,
             wire_bytes_in: counts.wire_bytes_in,
             events_lost: counts.events_lost,

@@ -13,6 +13,7 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use latchgate_egress_types as types;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
+use super::inbound::Inbound;
 use super::pins::Pins;
 use super::reach::Reach;
 use super::{KernelConfig, KernelError, OBJECT, address, connections, pins, pod, probe, queries, sys};
@@ -24,6 +25,7 @@ pub struct Loaded {
     pub accepted: SkStorage<MapData, pod::AcceptedSocket>,
     pub connections: connections::Map,
     pub reach: Reach,
+    pub inbound: Inbound,
     pub queries: queries::Maps,
     pub control: Array<MapData, pod::Control>,
     pub heartbeat: Array<MapData, u64>,
@@ -122,6 +124,7 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
         accepted: map(&mut ebpf, "ACCEPTED")?,
         connections: map(&mut ebpf, "CONNECTIONS")?,
         reach: Reach::new(map(&mut ebpf, "REACH")?),
+        inbound: Inbound::new(map(&mut ebpf, "INBOUND")?),
         queries: queries::Maps {
             queries: map(&mut ebpf, "QUERIES")?,
             taken: map(&mut ebpf, "TAKEN")?,

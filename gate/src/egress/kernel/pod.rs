@@ -14,4 +14,4 @@ macro_rules! plain {
     )+};
 }
 
-plain!(LeafEntry, Control, Counts, AcceptedSocket, Connection, ConnectionKey, QueryKey, QueryRecord);
+plain!(LeafEntry, Control, Counts, AcceptedSocket, Connection, ConnectionKey, InboundKey, QueryKey, QueryRecord);

@@ -82,6 +82,7 @@ fn map_values_have_no_padding() {
     assert_eq!(size_of::<types::Connection>(), 8 * 6 + 4 * 12);
     assert_eq!(size_of::<types::ConnectionKey>(), 8 * 2);
     assert_eq!(size_of::<types::FlowKey>(), 8 + 4 * 10);
+    assert_eq!(size_of::<types::InboundKey>(), 8 + 4 * 2);
 }
 
 #[test]

@@ -46,6 +46,9 @@ pub struct Session {
     pub names: Option<Arc<dyn Names>>,
     /// Without it no stream to port 53 is served.
     pub dns: Option<Arc<dyn DnsOverTcp>>,
+    /// It has no end that is known before: its bytes are not bounded, and past the bound of connections that are recorded
+    /// one by one the others are served and one record counts them.
+    pub lasts: bool,
 }
 
 /// One execution that is served.
@@ -95,9 +98,10 @@ impl Registry {
         limits: &Limits,
         flows: &broadcast::Sender<Arc<FlowRecord>>,
     ) -> Arc<State> {
+        let bytes = if session.lasts { u64::MAX } else { limits.bytes_per_execution };
         let state = Arc::new(State {
             session,
-            budget: Arc::new(Budget::new(limits.bytes_per_execution)),
+            budget: Arc::new(Budget::new(bytes)),
             limits: limits.clone(),
             closed: watch::Sender::new(false),
             books: Mutex::default(),
@@ -150,7 +154,8 @@ impl Registry {
 impl State {
     fn enter(&self) -> Result<(), Full> {
         let mut books = lock(&self.books);
-        if books.live + books.records.len() >= self.limits.connections_per_execution {
+        let recorded = books.live + books.records.len();
+        if recorded >= self.limits.connections_per_execution && !self.session.lasts {
             return Err(Full::Records);
         }
         if books.live >= self.limits.concurrent_connections_per_execution {
@@ -179,7 +184,10 @@ impl State {
                 if books.live == 0 {
                     let mut records = std::mem::take(&mut books.records);
                     if let Some(overflow) = books.overflow.take() {
-                        let _ = self.flows.send(Arc::new(overflow.clone()));
+                        // Where they were served, each was sent when it ended.
+                        if !self.session.lasts {
+                            let _ = self.flows.send(Arc::new(overflow.clone()));
+                        }
                         records.push(overflow);
                     }
                     return records;
@@ -224,7 +232,15 @@ impl State {
 
     fn keep(&self, record: FlowRecord) {
         let _ = self.flows.send(Arc::new(record.clone()));
-        lock(&self.books).records.push(record);
+        let mut books = lock(&self.books);
+        if books.records.len() < self.limits.connections_per_execution {
+            books.records.push(record);
+            return;
+        }
+        match &mut books.overflow {
+            Some(overflow) => overflow.fold(&record),
+            none => *none = Some(FlowRecord { rule: "connections_per_execution".to_owned(), ..record }),
+        }
     }
 }
 

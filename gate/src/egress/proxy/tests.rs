@@ -196,6 +196,7 @@ fn session(leaf: LeafId, profile: Profile) -> Session {
         profile: Arc::new(profile),
         names: Some(Arc::new(Table(table.map(|(address, name)| (address.parse().unwrap(), name)).into()))),
         dns: Some(Arc::new(EchoDns)),
+        lasts: false,
     }
 }
 

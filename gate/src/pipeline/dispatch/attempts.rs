@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{EgressEvidence, Held, NotCompleted, hold};
+use super::{ENTRY_GRACE, EgressEvidence, Held, Hold, NotCompleted};
 use crate::egress::flows::Owner;
 use crate::egress::profile::Profile;
 use crate::gate::Gate;
@@ -30,7 +30,7 @@ pub async fn run(gate: &Gate, profile: &Profile, order: &Order) -> Result<(Vec<u
     let place = gate.places.acquire().await.map_err(|error| error.to_string())?;
     let leaf = gate.cgroups.leaf().map_err(|error| error.to_string())?;
     let decision_id = ids::mint();
-    let held = Held {
+    let hold = Hold {
         owner: Owner {
             execution_id: ids::mint(),
             action_id: ACTION_ID.to_owned(),
@@ -38,9 +38,11 @@ pub async fn run(gate: &Gate, profile: &Profile, order: &Order) -> Result<(Vec<u
             workspace: gate.config.workspace.clone(),
         },
         profile,
-        time: TIME,
+        inbound_ports: &[],
+        deadline: TIME + ENTRY_GRACE,
+        network: gate.network,
         first_decision: None,
-        decision_id: &decision_id,
+        lasts: false,
     };
     let limits = Limits {
         memory_bytes: MEMORY_BYTES,
@@ -50,8 +52,16 @@ pub async fn run(gate: &Gate, profile: &Profile, order: &Order) -> Result<(Vec<u
         processes: PROCESSES,
         scratch_bytes: gate.config.sandbox.scratch_bytes,
     };
-    let job = || Ok(Job { program: Program::Attempts, stdin, limits, network: gate.network, trust_pem: None });
-    let (completed, evidence) = hold(gate, &leaf, held, job, gate.cancelled(), || ()).await;
+    let job = Job { program: Program::Attempts, stdin, limits, network: gate.network, trust_pem: None };
+    let (mut held, admitted) = Held::begin(gate, &leaf, hold);
+    let completed = match admitted {
+        Err(error) => Err(NotCompleted::NotStarted(error.to_string())),
+        Ok(()) => {
+            let take = async |listeners| held.services().listen(listeners);
+            gate.runner.run_with(&leaf, job, take, gate.cancelled()).await.map_err(NotCompleted::from)
+        }
+    };
+    let evidence = held.end(&decision_id, None).await;
     let _ = tokio::task::spawn_blocking(move || drop(leaf)).await;
     drop(place);
     match completed {

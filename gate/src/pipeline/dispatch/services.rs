@@ -7,13 +7,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::egress::flow::FlowRecord;
-use crate::egress::flows::Owner;
 use crate::egress::kernel::KernelProfile;
 use crate::egress::names::{Execution, Isolated, NameTable, OpenNames, OverTcp};
 use crate::egress::profile::Profile;
 use crate::egress::proxy::{DnsOverTcp, Duplex, Names, OpenSession, Session};
 use crate::egress::{LeafId, kernel};
 use crate::gate::Gate;
+use crate::pipeline::dispatch::held::Hold;
 use crate::sandbox::{NamespaceListeners, Network};
 
 /// The open services of one execution. Dropped, they end.
@@ -30,7 +30,8 @@ pub struct Services<'a> {
 impl<'a> Services<'a> {
     /// Opens what `profile` needs. In the gate's own namespace the proxy serves at once; in another it serves once that
     /// is there ([`Self::listen`]).
-    pub fn open(gate: &'a Gate, leaf: LeafId, owner: Owner, profile: &Profile, first_decision: Option<String>) -> Self {
+    pub fn open(gate: &'a Gate, leaf: LeafId, hold: Hold<'_>) -> Self {
+        let Hold { owner, profile, network, first_decision, lasts, .. } = hold;
         let profile = Arc::new(profile.clone());
         let names = (!profile.is_none()).then(|| {
             let execution = Execution {
@@ -49,10 +50,11 @@ impl<'a> Services<'a> {
             workspace: owner.workspace,
             profile,
             names: names.as_ref().map(|names| Arc::new(Table(names.table())) as Arc<dyn Names>),
+            lasts,
             dns: names.as_ref().map(|names| Arc::new(Streams(names.over_tcp())) as Arc<dyn DnsOverTcp>),
         };
         let mut services = Self { gate, leaf, offered, first_decision, session: None, names };
-        if gate.network == Network::Shared {
+        if network == Network::Shared {
             let session = gate.proxy.open(leaf, services.offered.clone());
             services.take_session(session);
         }

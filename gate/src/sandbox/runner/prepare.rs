@@ -43,13 +43,7 @@ pub fn prepare(inner: &Inner, program: Program, trust_pem: Option<Vec<u8>>) -> R
         }
         Program::Command { argv, env, files, root } => (argv, env, files, root),
     };
-    let nul = |text: &String| text.contains('\0');
-    if argv.first().is_none_or(String::is_empty) || argv.iter().any(nul) {
-        return Err(SandboxError::Config("argv is empty or holds a NUL".into()));
-    }
-    if env.iter().any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value)) {
-        return Err(SandboxError::Config("a name of the environment is empty or holds `=` or NUL".into()));
-    }
+    check_strings(&argv, &env)?;
     if let Root::Directory(directory) = &root {
         if !directory.is_absolute() || !directory.is_dir() {
             return Err(SandboxError::Config(format!("{} is not an absolute directory", directory.display())));
@@ -74,6 +68,18 @@ pub fn prepare(inner: &Inner, program: Program, trust_pem: Option<Vec<u8>>) -> R
     let canonical = serde_jcs::to_vec(&list).map_err(|e| SandboxError::Io("digest", io::Error::other(e)))?;
     let module_digest = crate::hash::sha256_tagged(&canonical);
     Ok(Prepared { entry: Entry::Command { argv, env }, root, sealed, trust, module_digest })
+}
+
+/// What execve(2) could not take, or would take for something else.
+pub fn check_strings(argv: &[String], env: &[(String, String)]) -> Result<(), SandboxError> {
+    let nul = |text: &String| text.contains('\0');
+    if argv.first().is_none_or(String::is_empty) || argv.iter().any(nul) {
+        return Err(SandboxError::Config("argv is empty or holds a NUL".into()));
+    }
+    if env.iter().any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value)) {
+        return Err(SandboxError::Config("a name of the environment is empty or holds `=` or NUL".into()));
+    }
+    Ok(())
 }
 
 /// A protected path below what would be bound, or something bound that is itself inside a protected directory.

@@ -17,6 +17,7 @@ use super::init::{Failure, at};
 const CORE_BYTES: u64 = 1;
 /// Open files of one process.
 const OPEN_FILES: u64 = 1024;
+const SESSION_OPEN_FILES: u64 = 4096;
 /// Bytes of POSIX message queues, which the memory limits of a process do not count: none.
 const QUEUE_BYTES: u64 = 0;
 const LOCKED_BYTES: u64 = 64 << 10;
@@ -51,7 +52,7 @@ pub fn shared_limits(spec: &Spec) -> Result<(), Failure> {
     for (resource, limit) in [
         (Resource::Nproc, processes),
         (Resource::Core, CORE_BYTES),
-        (Resource::Nofile, OPEN_FILES),
+        (Resource::Nofile, if spec.session.is_some() { SESSION_OPEN_FILES } else { OPEN_FILES }),
         (Resource::Msgqueue, QUEUE_BYTES),
         (Resource::Memlock, LOCKED_BYTES),
         (Resource::Sigpending, PENDING_SIGNALS),
@@ -63,10 +64,13 @@ pub fn shared_limits(spec: &Spec) -> Result<(), Failure> {
 
 /// Limits of the program alone.
 pub fn program_limits(spec: &Spec, executes: bool) -> io::Result<()> {
-    // Past the size of the scratch directory a write there is ENOSPC already; this one is for other files in memory.
-    lower(Resource::Fsize, spec.scratch_bytes.max(4096).saturating_add(4096))?;
+    // A session writes to files of the machine.
+    if spec.session.is_none() {
+        // Past the size of the scratch directory a write there is ENOSPC already; this one is for other files in memory.
+        lower(Resource::Fsize, spec.scratch_bytes.max(4096).saturating_add(4096))?;
+    }
     if let Some(bytes) = spec.process_memory_bytes {
-        if executes {
+        if executes && spec.session.is_none() {
             // Of the whole address space: nothing else counts shared mappings.
             lower(Resource::As, bytes)?;
         }
@@ -117,9 +121,15 @@ pub fn no_new_privileges() -> Result<(), Failure> {
 pub fn landlock(spec: &Spec) -> Result<(), Failure> {
     let abi = ABI::V9;
     let run = || -> Result<(), Box<dyn std::error::Error>> {
-        let mut ruleset = Ruleset::default()
-            .set_compatibility(CompatLevel::BestEffort)
-            .handle_access(AccessFs::from_all(abi))?
+        let mut scopes =
+            Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(AccessFs::from_all(abi))?;
+        if spec.session.as_ref().is_some_and(|session| session.scope_needed) {
+            scopes = scopes
+                .set_compatibility(CompatLevel::HardRequirement)
+                .scope(Scope::AbstractUnixSocket)?
+                .set_compatibility(CompatLevel::BestEffort);
+        }
+        let mut ruleset = scopes
             .scope(Scope::from_all(abi))?
             .create()?
             .add_rule(PathBeneath::new(PathFd::new("/")?, AccessFs::from_read(abi)))?;
@@ -129,10 +139,29 @@ pub fn landlock(spec: &Spec) -> Result<(), Failure> {
                 .add_rule(PathBeneath::new(PathFd::new("/tmp")?, AccessFs::from_all(abi)))?
                 .add_rule(PathBeneath::new(PathFd::new("/dev")?, device))?;
         }
+        if let Some(session) = &spec.session {
+            // Where the kernel knows the right to resolve a socket by its path, the gate's alone has it.
+            let write = AccessFs::from_all(abi) & !AccessFs::ResolveUnix;
+            for path in session.writable.iter().chain([&session.directory]) {
+                let write = if path.is_dir() { write } else { write & AccessFs::from_file(abi) };
+                ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(path)?, write))?;
+            }
+            if let Some(socket) = &session.socket {
+                ruleset = ruleset.add_rule(PathBeneath::new(PathFd::new(socket)?, AccessFs::ResolveUnix))?;
+            }
+        }
         ruleset.restrict_self()?;
         Ok(())
     };
     run().map_err(|error| at(Stage::Landlock, error)(io::Error::other("landlock")))
+}
+
+/// The version of Landlock's interface; 0 where there is none.
+pub fn landlock_version() -> i32 {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the call reads nothing (landlock_create_ruleset(2)).
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION) };
+    i32::try_from(version).unwrap_or(0).max(0)
 }
 
 /// Default dispositions and an empty mask: Rust's runtime ignores SIGPIPE, and exec would hand that on.

@@ -5,13 +5,14 @@
 #![allow(unsafe_code)] // fork, waitpid, and descriptors that are known by number.
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 use std::ptr;
 
-use super::super::protocol::{CONTROL_FD, Entry, FIRST_SEALED_FD, STATUS_FD, Spec, Stage, Status, read_spec};
+use super::super::protocol::{CONTROL_FD, Entry, FIRST_SEALED_FD, STATUS_FD, Session, Spec, Stage, Status, read_spec};
 use super::{confine, http, root, seccomp};
 use crate::guards::{self, Guard};
 
@@ -66,8 +67,15 @@ fn prepare(control: &mut File) -> Result<Spec, Failure> {
         // SAFETY: the spawner laid one descriptor out for each sealed path, from this number on.
         .map(|(fd, path)| (path.as_path(), unsafe { OwnedFd::from_raw_fd(fd) }))
         .collect();
+    let after_sealed = FIRST_SEALED_FD + i32::try_from(spec.sealed.len()).unwrap_or(i32::MAX - FIRST_SEALED_FD);
+    let shows_socket = spec.session.as_ref().is_some_and(|session| session.socket.is_some());
+    // SAFETY: the spawner laid the mount out there for a session with a socket.
+    let socket = shows_socket.then(|| unsafe { OwnedFd::from_raw_fd(after_sealed) });
     if guards::on(Guard::MountNamespace) {
-        root::build(&spec, sealed)?;
+        root::build(&spec, sealed, socket)?;
+    }
+    if let Some(session) = &spec.session {
+        take_terminal(session)?;
     }
     if guards::on(Guard::ResourceLimits) {
         confine::shared_limits(&spec)?;
@@ -85,10 +93,28 @@ fn prepare(control: &mut File) -> Result<Spec, Failure> {
         confine::landlock(&spec)?;
     }
     if guards::on(Guard::Seccomp) {
-        let program = seccomp::program(spec.process_memory_bytes.is_some());
+        let program = seccomp::program(spec.process_memory_bytes.is_some(), spec.session.is_some());
         seccomp::install(&program).map_err(at(Stage::Seccomp, "filter"))?;
     }
     Ok(spec)
+}
+
+/// The terminal by the path that it has inside: what is opened again by way of `/proc/self/fd` is then found there too.
+fn take_terminal(session: &Session) -> Result<(), Failure> {
+    let failed = || at(Stage::Root, session.terminal.display());
+    let terminal = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open(&session.terminal)
+        .map_err(failed())?;
+    for target in 0..=2 {
+        // SAFETY: the standard streams of this process, which nothing here owns.
+        if unsafe { libc::dup2(terminal.as_raw_fd(), target) } < 0 {
+            return Err(failed()(io::Error::last_os_error()));
+        }
+    }
+    Ok(())
 }
 
 /// Forks. The child comes back from here only if it is an image of this binary; the parent never does.
@@ -208,6 +234,10 @@ impl Command {
         }
         // SAFETY: no arguments; a session of its own has no terminal.
         unsafe { libc::setsid() };
+        // SAFETY: descriptor 0 is the session's terminal, and the argument is an integer.
+        if spec.session.is_some() && unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } < 0 {
+            return errno();
+        }
         // Exactly 0, 1 and 2 are left after the exec: all others go now or are marked to go.
         // SAFETY: marks descriptors, closes none.
         if guards::on(Guard::CloseDescriptors)

@@ -17,7 +17,7 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 
-use super::super::protocol::{Root, Spec, Stage};
+use super::super::protocol::{Root, Session, Spec, Stage};
 use super::init::{Failure, at};
 use crate::guards::{self, Guard};
 
@@ -77,7 +77,7 @@ const WRITABLE: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAt
 const DEVICE: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_RDONLY.union(MountAttrFlags::MOUNT_ATTR_NOSUID).union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
 
-pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>) -> Result<(), Failure> {
+pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>, socket: Option<OwnedFd>) -> Result<(), Failure> {
     set_attributes(CWD.as_fd(), "/", MountAttrFlags::empty(), libc::MS_PRIVATE, true)
         .map_err(at(Stage::Root, "mounts of its own"))?;
     let bytes = ROOT_BYTES.saturating_add(spec.sealed_bytes);
@@ -92,13 +92,17 @@ pub fn build(spec: &Spec, sealed: Vec<(&Path, OwnedFd)>) -> Result<(), Failure> 
         }
         own_directories(root.as_fd(), spec)?;
     }
+    if let Some(session) = &spec.session {
+        show(root.as_fd(), session, socket)?;
+    }
     pivot(&root)?;
     for (number, (path, copy)) in sealed.into_iter().enumerate() {
         place(number, path, &copy).map_err(at(Stage::Sealed, path.display()))?;
     }
     set_attributes(root.as_fd(), "", READ_ONLY, 0, false).map_err(at(Stage::Root, "read-only"))?;
     let start = if spec.entry.has_directories() { "/tmp" } else { "/" };
-    rustix::process::chdir(start).map_err(at(Stage::Root, start))?;
+    let start = spec.session.as_ref().map_or(Path::new(start), |session| &session.directory);
+    rustix::process::chdir(start).map_err(at(Stage::Root, start.display()))?;
     rustix::system::sethostname(b"sandbox").map_err(at(Stage::Root, "hostname"))
 }
 
@@ -232,6 +236,74 @@ fn own_directories(root: std::os::fd::BorrowedFd<'_>, spec: &Spec) -> Result<(),
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
         Err(error) => Err(at(Stage::Root, "proc")(error)),
     }
+}
+
+/// What a session has besides: its terminal, its directories, the gate's socket.
+fn show(root: std::os::fd::BorrowedFd<'_>, session: &Session, socket: Option<OwnedFd>) -> Result<(), Failure> {
+    make_directory(root, "dev/pts")?;
+    for device in [Path::new("/dev/tty"), &session.terminal] {
+        let inside = below_root(device);
+        create(root, &inside, 0o644)
+            .and_then(|_| bind(device, root, &inside, DEVICE))
+            .map_err(at(Stage::Root, device.display()))?;
+    }
+    let mut shown: Vec<(&Path, MountAttrFlags)> = Vec::new();
+    shown.extend(session.read_only.iter().map(|path| (path.as_path(), READ_ONLY)));
+    shown.extend(session.writable.iter().chain([&session.directory]).map(|path| (path.as_path(), WRITABLE)));
+    // What lies in another comes after it.
+    shown.sort_by_key(|(path, _)| path.components().count());
+    for (path, attributes) in shown {
+        let failed = || at(Stage::Root, path.display());
+        let inside = place_for(root, path, path.is_dir())?;
+        bind(path, root, &inside, attributes).map_err(failed())?;
+    }
+    if !session.covered.is_empty() {
+        create(root, ".covered", 0).map_err(at(Stage::Root, ".covered"))?;
+        for path in &session.covered {
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let cover = || -> io::Result<()> {
+                let empty = open_tree(root, ".covered", flags)?;
+                set_attributes(empty.as_fd(), "", READ_ONLY, 0, false)?;
+                attach(&empty, root, &below_root(path))
+            };
+            match cover() {
+                // It went meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other.map_err(at(Stage::Root, path.display()))?,
+            }
+        }
+    }
+    if let (Some(path), Some(socket)) = (&session.socket, socket) {
+        let failed = || at(Stage::Root, path.display());
+        let inside = place_for(root, path, false)?;
+        set_attributes(socket.as_fd(), "", READ_ONLY, 0, false).map_err(failed())?;
+        attach(&socket, root, &inside).map_err(failed())?;
+    }
+    Ok(())
+}
+
+/// The name of an absolute path as the new root has it.
+fn below_root(path: &Path) -> String {
+    path.strip_prefix("/").unwrap_or(path).to_string_lossy().into_owned()
+}
+
+/// Makes the directories on the way and what is to be covered, where they are not there already.
+fn place_for(root: std::os::fd::BorrowedFd<'_>, path: &Path, directory: bool) -> Result<String, Failure> {
+    let inside = below_root(path);
+    let mut parent = std::path::PathBuf::new();
+    for component in Path::new(&inside).parent().into_iter().flat_map(Path::components) {
+        parent.push(component);
+        make_directory(root, &parent.to_string_lossy())?;
+    }
+    if directory {
+        make_directory(root, &inside)?;
+    } else {
+        match create(root, &inside, 0o644) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(at(Stage::Root, &inside)(error)),
+            _ => {}
+        }
+    }
+    Ok(inside)
 }
 
 fn proc() -> io::Result<OwnedFd> {

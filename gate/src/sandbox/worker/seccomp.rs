@@ -164,7 +164,7 @@ const TERMINAL_INPUT: [u32; 2] = [0x5412, 0x541c]; // TIOCSTI, TIOCLINUX
 type Filter = Vec<sock_filter>;
 
 /// What every program inside runs under.
-pub fn program(memory_uncounted: bool) -> Filter {
+pub fn program(memory_uncounted: bool, unix_streams: bool) -> Filter {
     let mut filter = prologue();
     let refused = REFUSED.iter().filter(|(guard, _)| guards::on(*guard)).flat_map(|(_, numbers)| *numbers);
     for number in refused {
@@ -183,7 +183,7 @@ pub fn program(memory_uncounted: bool) -> Filter {
         filter.extend(on(libc::SYS_ioctl, refuse_any_of(argument(1), &TERMINAL_INPUT)));
     }
     if guards::on(Guard::SocketFamilies) {
-        filter.extend(on(libc::SYS_socket, sockets()));
+        filter.extend(on(libc::SYS_socket, sockets(unix_streams)));
         filter.extend(on(libc::SYS_socketpair, socket_pairs()));
     }
     filter.push(give(ALLOW));
@@ -224,8 +224,18 @@ fn prologue() -> Filter {
 
 /// TCP and UDP over IPv4 and IPv6, by their own names or the protocol 0 that means them: not MPTCP, SMC, SCTP, UDP-Lite,
 /// ICMP, which the same families and types would give.
-fn sockets() -> Filter {
-    let mut filter = require(argument(0), &[libc::AF_INET, libc::AF_INET6]);
+///
+/// With `unix_streams` also stream sockets of the Unix family: the mounts and Landlock's scope say whom they reach.
+fn sockets(unix_streams: bool) -> Filter {
+    let mut filter = argument(0);
+    if unix_streams {
+        filter.extend(when(libc::AF_UNIX, |filter| {
+            filter.extend(socket_type());
+            filter.extend(require(Vec::new(), &[libc::SOCK_STREAM]));
+            filter.push(give(ALLOW));
+        }));
+    }
+    filter.extend(require(Vec::new(), &[libc::AF_INET, libc::AF_INET6]));
     filter.extend(socket_type());
     filter.extend(when(libc::SOCK_STREAM, |filter| {
         filter.extend(require(argument(2), &[0, libc::IPPROTO_TCP]));

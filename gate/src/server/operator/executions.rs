@@ -62,7 +62,7 @@ pub async fn kill(gate: &Arc<Gate>, call: &Call<'_>, id: &str, incoming: Incomin
     let body = body::read(&call.parts.headers, incoming, MAX_BODY_BYTES, patience).await?;
     let asked = asked(&body).map_err(|message| Refusal::InvalidRequest { message })?;
     let (gate, ids) = (Arc::clone(gate), call.ids.clone());
-    let (id, operator) = (id.to_owned(), call.operator.to_owned());
+    let (id, operator) = (id.to_owned(), call.operator.name().to_owned());
     let killing = tokio::spawn(async move { end(&gate, &ids, &id, &operator, asked).await });
     killing.await.map_err(|error| Refusal::Internal { message: error.to_string() })?
 }

@@ -36,7 +36,7 @@ fn asked(number: libc::c_long, arguments: &[i64]) -> u32 {
     for (slot, argument) in all.iter_mut().zip(arguments) {
         *slot = *argument as u64;
     }
-    verdict(&program(false), NATIVE, number, all)
+    verdict(&program(false, false), NATIVE, number, all)
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn every_listed_call_is_refused_and_ordinary_ones_pass() {
         assert_eq!(asked(number, &[]), ALLOW, "{number}");
     }
     for number in UNCOUNTED_MEMORY {
-        assert_eq!(verdict(&program(true), NATIVE, *number, [0; 6]), REFUSE, "{number}");
+        assert_eq!(verdict(&program(true, false), NATIVE, *number, [0; 6]), REFUSE, "{number}");
     }
     for number in NEW_PROCESSES {
         assert_eq!(verdict(&no_new_processes(), NATIVE, *number, [0; 6]), REFUSE, "{number}");
@@ -111,10 +111,10 @@ fn every_listed_call_is_refused_and_ordinary_ones_pass() {
 #[test]
 fn numbers_that_mean_something_else_do_not_pass() {
     for number in [i64::from(LAST_REVIEWED) + 1, 1000, 0x4000_0000, 0x4000_0029, 0x4000_0000 + 512, -1] {
-        assert_eq!(verdict(&program(false), NATIVE, number, [0; 6]), ABSENT, "{number:#x}");
+        assert_eq!(verdict(&program(false, false), NATIVE, number, [0; 6]), ABSENT, "{number:#x}");
     }
     // AUDIT_ARCH_I386, ARM, and nothing.
     for arch in [0x4000_0003, 0x4000_0028, 0] {
-        assert_eq!(verdict(&program(false), arch, libc::SYS_read, [0; 6]), KILL);
+        assert_eq!(verdict(&program(false, false), arch, libc::SYS_read, [0; 6]), KILL);
     }
 }
