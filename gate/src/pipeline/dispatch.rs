@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::action::manifest::{Command, Prepared, RootFilesystem};
 use crate::egress::LeafId;
-use crate::egress::flow::{FlowRecord, Verdict};
+use crate::egress::flow::{DecidedBy, FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
 use crate::egress::kernel::KernelCounts;
 use crate::egress::profile::EntryProtocol;
@@ -79,6 +79,19 @@ pub struct EgressEvidence {
     pub refusals: Vec<Arc<KernelRefusal>>,
     /// Set when a part of the evidence could not be had.
     pub incomplete: bool,
+}
+
+impl EgressEvidence {
+    /// Connections that were let through. A query to the resolver is none.
+    pub fn connections(&self) -> u64 {
+        let let_through = |flow: &&FlowRecord| flow.verdict != Verdict::Deny && flow.decided_by == DecidedBy::Proxy;
+        self.flows.iter().filter(let_through).count() as u64
+    }
+
+    /// Of every attempt, the kernel's refusals included.
+    pub fn verdicts(&self) -> impl Iterator<Item = Verdict> {
+        self.flows.iter().map(|flow| flow.verdict).chain(self.refusals.iter().map(|_| Verdict::Deny))
+    }
 }
 
 /// The parts of an answer that are about the run itself.
@@ -328,7 +341,6 @@ impl Outcome {
         });
         let denied_by_proxy = self.egress.flows.iter().filter(|flow| flow.verdict == Verdict::Deny).count() as u64;
         let denied_by_kernel = self.egress.counts.as_ref().map_or(0, |counts| counts.denied.total());
-        let allowed = self.egress.flows.len() as u64 - denied_by_proxy;
         Summary {
             verification: self.interpreted.verification.clone(),
             success: matches!(self.interpreted.result, NormalizedResult::Success { .. }),
@@ -339,7 +351,7 @@ impl Outcome {
                 Exit::TimedOut | Exit::OutputTooLarge | Exit::Cancelled => -1,
             }),
             egress: json!({
-                "connections": allowed,
+                "connections": self.egress.connections(),
                 "denied": denied_by_proxy.saturating_add(denied_by_kernel),
                 "bytes_sent": sent,
                 "bytes_received": received,

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::egress::flow::Verdict;
 use crate::egress::flows::{Noted, RefusedCall};
+use crate::egress::profile::Profile;
 use crate::gate::Gate;
 use crate::ledger::{Content, EventDraft, ReceiptDraft};
 use crate::pipeline::authenticate::Caller;
@@ -45,6 +46,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     if let Some(killed) = &killed {
         provider_receipt["killed"] = json!(killed);
     }
+    let egress_flows: Vec<Verdict> = egress.verdicts().collect();
     let draft = ReceiptDraft {
         grant_id: grant.grant_id().to_owned(),
         trace_id: ids.trace_id.clone(),
@@ -60,7 +62,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
         normalized_result: interpreted.result.clone(),
         verification_outcome: interpreted.verification.clone(),
         effect_evidence: interpreted.effect_evidence.clone(),
-        egress_evidence: evidence(gate, &grant.decision().profile().hash(), &egress),
+        egress_evidence: evidence(gate, grant.decision().profile(), &egress),
         failure_class: interpreted.failure_class.map(str::to_owned),
         approval: None,
         started_at: grant.started_at(),
@@ -70,6 +72,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     let receipt =
         gate.ledger.receipt(draft).await.map_err(|error| refuse(Refusal::Evidence { message: error.to_string() }))?;
     gate.metrics.executed(&interpreted.result);
+    egress_flows.iter().for_each(|verdict| gate.metrics.flow(*verdict));
     // One that was killed while it waited did not run, but nothing failed to be made either.
     let ran = interpreted.dispatched || killed.is_some();
     let failure = match (&interpreted.egress_denied, &interpreted.reason, ran) {
@@ -103,28 +106,33 @@ fn agreement(egress: &EgressEvidence, sent: u64, received: u64) -> &'static str 
 }
 
 /// The summary first, then the flows (API.md §2).
-fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
-    let (mut sent, mut received, mut denied) = (0_u64, 0_u64, 0_u64);
+fn evidence(gate: &Gate, profile: &Profile, egress: &EgressEvidence) -> Vec<Value> {
+    let (mut sent, mut received) = (0_u64, 0_u64);
     for flow in &egress.flows {
         sent = sent.saturating_add(flow.bytes_from_sandbox);
         received = received.saturating_add(flow.bytes_to_sandbox);
-        denied += u64::from(flow.verdict == Verdict::Deny);
     }
+    let with = |verdict| egress.flows.iter().filter(|flow| flow.verdict == verdict).count() as u64;
+    let (denied, connections) = (with(Verdict::Deny), egress.connections());
     let lost = egress.counts.as_ref().is_none_or(|counts| counts.events_lost > 0);
-    let summary = json!({
+    let mut summary = json!({
         "kernel": egress.counts,
         "proxy": {
-            "connections": egress.flows.len() as u64 - denied,
+            "connections": connections,
             "denied": denied,
             "bytes_sent": sent,
             "bytes_received": received,
         },
         "agreement": agreement(egress, sent, received),
-        "profile_hash": profile_hash,
+        "profile_hash": profile.hash(),
         "program_hash": gate.enforcer.program_hash(),
         "not_seen": NOT_SEEN,
         "incomplete": egress.incomplete || lost,
     });
+    if profile.is_audit() {
+        summary["mode"] = json!("unsafe_audit");
+        summary["proxy"]["would_deny"] = json!(with(Verdict::WouldDeny));
+    }
     std::iter::once(summary)
         .chain(egress.refusals.iter().map(|refusal| refusal.view()))
         .chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()))

@@ -28,6 +28,7 @@ enum Route<'a> {
     Profiles,
     Flows,
     Explain(&'a str),
+    Suggest(&'a str),
     Executions,
     Kill(&'a str),
     Metrics,
@@ -45,7 +46,7 @@ impl<'a> Route<'a> {
             "/metrics" => Self::Metrics,
             "/v1/admin/drain" => Self::Drain,
             "/v1/executions" => Self::Executions,
-            other => Self::of_an_id(other)?,
+            other => Self::of_an_id(other).or_else(|| Self::of_an_action(other))?,
         })
     }
 
@@ -56,6 +57,10 @@ impl<'a> Route<'a> {
             None => (path.strip_prefix("/v1/egress/explain/")?, Self::Explain),
         };
         egress::is_id(id).then(|| route(id))
+    }
+
+    fn of_an_action(path: &'a str) -> Option<Self> {
+        path.strip_prefix("/v1/egress/suggest/").filter(|id| !id.is_empty() && !id.contains('/')).map(Self::Suggest)
     }
 
     const fn allow(self) -> &'static str {
@@ -146,6 +151,7 @@ async fn route(gate: &Arc<Gate>, call: &Call<'_>, incoming: Incoming) -> Result<
         Route::Profiles => egress::profiles(gate),
         Route::Flows => egress::flows(gate, call.parts.uri.query().unwrap_or_default()).await?,
         Route::Explain(id) => egress::explain(gate, id).await?,
+        Route::Suggest(action) => egress::suggest(gate, action, call.parts.uri.query().unwrap_or_default()).await?,
         Route::Executions => executions::list(gate),
         Route::Kill(id) => executions::kill(gate, call, id, incoming).await?,
         Route::Metrics => return Ok(gate.metrics.exposition()),
@@ -174,6 +180,7 @@ fn status(gate: &Gate) -> serde_json::Value {
         "program_hash": gate.enforcer.program_hash(),
         "actions": gate.registry.actions().count(),
         "running": gate.running(),
+        "unsafe_audit": gate.registry.in_audit().collect::<Vec<_>>(),
         // Where no namespace could be had, the start went on with one wall: here it shows.
         "network": if gate.network == crate::sandbox::Network::Shared { "shared" } else { "isolated" },
     })
