@@ -15,6 +15,9 @@ use crate::pipeline::dispatch::{DispatchError, EgressEvidence, Outcome};
 use crate::pipeline::{Executed, Ids, Refusal, Refused};
 use crate::time::Timestamp;
 
+/// Bytes that the flows of one receipt may have, within what a record may have.
+const MAX_EVIDENCE_BYTES: usize = 3 << 20;
+
 /// What no hook and no proxy can see.
 const NOT_SEEN: [&str; 1] = ["seccomp"];
 
@@ -133,10 +136,29 @@ fn evidence(gate: &Gate, profile: &Profile, egress: &EgressEvidence) -> Vec<Valu
         summary["mode"] = json!("unsafe_audit");
         summary["proxy"]["would_deny"] = json!(with(Verdict::WouldDeny));
     }
-    std::iter::once(summary)
-        .chain(egress.refusals.iter().map(|refusal| refusal.view()))
-        .chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()))
-        .collect()
+    let items = egress.refusals.iter().map(|refusal| refusal.view());
+    let items = items.chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()));
+    let (items, left_out) = within(items, MAX_EVIDENCE_BYTES);
+    if left_out > 0 {
+        summary["left_out"] = json!(left_out);
+        summary["incomplete"] = json!(true);
+    }
+    std::iter::once(summary).chain(items).collect()
+}
+
+/// As many as there is room for, and how many are left out. What does not fit must not cost the receipt.
+fn within(items: impl Iterator<Item = Value>, mut room: usize) -> (Vec<Value>, usize) {
+    let (mut kept, mut left_out) = (Vec::new(), 0);
+    for item in items {
+        match room.checked_sub(item.to_string().len()) {
+            Some(rest) if left_out == 0 => {
+                room = rest;
+                kept.push(item);
+            }
+            _ => left_out += 1,
+        }
+    }
+    (kept, left_out)
 }
 
 /// Notes that an authenticated caller was refused. The refusal stands whether or not the note is written: nothing ran.
@@ -171,5 +193,20 @@ pub async fn refusal(gate: &Gate, caller: &Caller, action_id: &str, refused: &Re
     };
     if let Err(error) = gate.ledger.event(event).await {
         tracing::error!(%error, decision_id = refused.decision_id, "a refusal is not in the ledger");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_that_do_not_fit_are_counted() {
+        let item = json!({"name": "x".repeat(100)});
+        let bytes = item.to_string().len();
+        let some = |count: usize| std::iter::repeat_n(item.clone(), count);
+        assert_eq!(within(some(3), 3 * bytes).1, 0);
+        let (kept, left_out) = within(some(5), 3 * bytes + 1);
+        assert_eq!((kept.len(), left_out), (3, 2));
     }
 }

@@ -1,6 +1,7 @@
 //! What one query of one execution is answered.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -21,6 +22,8 @@ pub struct Asking {
     shared: Arc<Shared>,
     books: Mutex<Books>,
     over: watch::Sender<bool>,
+    /// Whether the log has heard that a name got no address.
+    warned: AtomicBool,
 }
 
 /// What a query comes to.
@@ -42,6 +45,7 @@ impl Asking {
             table: Arc::new(NameTable::new(limits.names_per_execution)),
             books: Mutex::new(Books::new(limits)),
             over: watch::Sender::new(false),
+            warned: AtomicBool::new(false),
             shared,
         }
     }
@@ -168,7 +172,10 @@ impl Asking {
             },
             Err(Unnamed::Full) => Judgement::Refused("dns_names_per_execution"),
             Err(Unnamed::NotReady(ReachError(why))) => {
-                tracing::warn!(execution_id = self.execution.execution_id, %name, why, "a name got no address");
+                // A client that asks for a thousand more is not to fill the log.
+                if !self.warned.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(execution_id = self.execution.execution_id, %name, why, "a name got no address");
+                }
                 Judgement::Failed("kernel_refused")
             }
         }
