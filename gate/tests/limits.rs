@@ -33,7 +33,7 @@ fn the_document_has_every_bound_with_its_value_and_no_other() {
     code.extend(constants);
     let document = document();
     let (in_code, written): (BTreeSet<_>, BTreeSet<_>) = (code.keys().collect(), document.keys().collect());
-    let missing: Vec<_> = in_code.difference(&written).map(|name| (name, code[**name])).collect();
+    let missing: Vec<_> = in_code.difference(&written).map(|name| (*name, code[*name])).collect();
     let unknown: Vec<_> = written.difference(&in_code).collect();
     assert!(
         missing.is_empty() && unknown.is_empty(),

@@ -148,7 +148,7 @@ print(json.dumps({"most": most, "turned_away": turned_away, "late": late}))
         let said = &answer["output"];
         assert_eq!(said["most"], 64, "{network}: {answer}");
         assert_eq!(said["turned_away"], 136, "{network}: {said}");
-        assert_eq!(rules(&receipt, "connection_limit").0, 136, "{network}");
+        assert!(rules(&receipt, "connection_limit").0 >= 136, "{network}");
         let (records, connections) = rules(&receipt, "connection_rate");
         assert_eq!(records, 1, "one record stands for all past the rate");
         let late = said["late"].as_u64().unwrap();
@@ -242,7 +242,9 @@ print(json.dumps({"answered": answered, "refused": refused, "lost": lost, "again
         assert!((900..=1024).contains(&answered), "{network}: {said}");
         assert!(said["refused"].as_u64().unwrap() >= 500, "{network}: {said}");
         assert_eq!(said["again"], 0, "a name that has an address keeps it: {said}");
-        assert!(rules(&receipt, "dns_names_per_execution").1 >= 300, "{network}");
+        // Each is a record until there are enough; then one stands for the rest, the flood of other names included.
+        let past = rules(&receipt, "dns_names_per_execution").1 + rules(&receipt, "dns_records_per_execution").1;
+        assert!(rules(&receipt, "dns_names_per_execution").0 >= 200 && past >= 500, "{network}: {past}");
         let of_dns =
             receipt["egress_evidence"].as_array().unwrap().iter().filter(|item| item["protocol"] == "dns").count();
         assert!(of_dns <= 257, "{network}: {of_dns}");

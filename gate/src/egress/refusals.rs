@@ -13,6 +13,8 @@ use super::kernel::KernelEvent;
 
 /// Refusals of one leaf that are listed one by one; the kernel's counts stand for the rest.
 const KEPT_PER_LEAF: usize = 256;
+/// Refusals of one leaf that are lines of the log; the others are there at `debug` only.
+const LOGGED_PER_LEAF: u64 = 16;
 /// How long a receipt waits for refusals that the kernel counted and the reader has not handed over yet.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -91,9 +93,13 @@ impl Refusals {
 
     fn note(&self, event: KernelEvent) {
         let refusal = match self.leaves().get_mut(&event.leaf) {
-            None => Some(Arc::new(KernelRefusal::new(event, None))),
+            None => {
+                log(&event, false);
+                Some(Arc::new(KernelRefusal::new(event, None)))
+            }
             Some(of_leaf) => {
                 of_leaf.seen += 1;
+                log(&event, of_leaf.seen <= LOGGED_PER_LEAF);
                 (of_leaf.refusals.len() < KEPT_PER_LEAF).then(|| {
                     let refusal = Arc::new(KernelRefusal::new(event, Some(of_leaf.owner.clone())));
                     of_leaf.refusals.push(Arc::clone(&refusal));
@@ -109,5 +115,15 @@ impl Refusals {
 
     fn leaves(&self) -> MutexGuard<'_, HashMap<LeafId, OfLeaf>> {
         self.0.leaves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn log(event: &KernelEvent, loud: bool) {
+    let (leaf, hook, reason, protocol) = (event.leaf.0, event.hook, event.reason, event.protocol);
+    let (address, port) = (event.address, event.port);
+    if loud {
+        tracing::info!(leaf, hook, reason, protocol, ?address, port, "refused by the kernel");
+    } else {
+        tracing::debug!(leaf, hook, reason, protocol, ?address, port, "refused by the kernel");
     }
 }

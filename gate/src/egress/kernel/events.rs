@@ -154,15 +154,6 @@ fn drain(ring: &mut RingBuf<MapData>, sender: &broadcast::Sender<KernelEvent>) {
     while let Some(record) = ring.next() {
         match parse(&record, sys::boottime_ns(), Timestamp::now()) {
             Some(event) => {
-                tracing::info!(
-                    leaf = event.leaf.0,
-                    hook = event.hook,
-                    reason = event.reason,
-                    protocol = event.protocol,
-                    address = ?event.address,
-                    port = event.port,
-                    "refused by the kernel"
-                );
                 // Nobody listening is no error.
                 let _ = sender.send(event);
             }
