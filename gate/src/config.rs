@@ -3,7 +3,7 @@
 //! Every key has a default, so that the file alone and each variable alone can be judged by itself and an error names
 //! the line or the variable that it comes from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -156,8 +156,13 @@ pub struct Egress {
     pub dns_servers: Vec<SocketAddr>,
     /// Open connections that one execution may have at the proxy.
     pub max_connections_per_execution: usize,
+    /// Connections that one execution may begin at once, and each second for as long as it goes on.
+    pub connections_burst: u32,
+    pub connections_per_second: u32,
     /// Payload bytes, both ways together, that one execution may move.
     pub max_bytes_per_execution: u64,
+    /// Actions whose manifest may say `egress.mode: unsafe_audit`.
+    pub permit_unsafe_audit: BTreeSet<String>,
     /// When the self-test runs. It runs whenever an operator asks, too.
     pub selftest: SelftestMode,
     /// Serve without a self-test. `/readyz` then says `degraded`.
@@ -242,6 +247,10 @@ pub struct Limits {
     pub max_connections: usize,
     pub header_timeout_seconds: u64,
     pub body_timeout_seconds: u64,
+    /// How long a client may read nothing of its answer; then its connection is broken off.
+    pub write_timeout_seconds: u64,
+    /// Bytes of request bodies that one listener holds at a time; one more request is 429 `rate_limited`.
+    pub max_body_bytes_in_flight: usize,
     /// How long a drain waits for what runs.
     pub drain_seconds: u64,
 }
@@ -290,9 +299,12 @@ impl Default for Egress {
             allow_addresses: Vec::new(),
             dns_servers: Vec::new(),
             max_connections_per_execution: 64,
+            connections_burst: 1024,
+            connections_per_second: 256,
             max_bytes_per_execution: 1 << 30,
             selftest: SelftestMode::Start,
             unsafe_skip_selftest: false,
+            permit_unsafe_audit: BTreeSet::new(),
         }
     }
 }
@@ -320,6 +332,8 @@ impl Default for Limits {
             max_connections: 1024,
             header_timeout_seconds: 10,
             body_timeout_seconds: 30,
+            write_timeout_seconds: 30,
+            max_body_bytes_in_flight: 64 << 20,
             drain_seconds: 30,
         }
     }
@@ -406,6 +420,13 @@ impl Config {
                 key: format!("profiles.{name}"),
                 message: "must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit".to_owned(),
             });
+        }
+        let room = self.limits.max_body_bytes_in_flight;
+        if room < self.limits.max_request_bytes || u32::try_from(room).is_err() {
+            return invalid(
+                "limits.max_body_bytes_in_flight",
+                "must be at least limits.max_request_bytes, or no request of that size is ever read, and below 4 GiB",
+            );
         }
         for budget in &self.budgets {
             if budget.max_calls.is_none() && budget.max_cost_usd_cents.is_none() {

@@ -15,6 +15,7 @@ pub mod profile;
 pub mod proxy;
 pub mod refusals;
 pub mod resolver;
+pub mod suggest;
 pub mod terminate;
 
 /// The kernel's id of a leaf cgroup: its inode in the v2 tree. Never reused while the gate that saw it runs.

@@ -179,6 +179,9 @@ impl Gate {
         for warning in registry.warnings() {
             tracing::warn!("{warning}");
         }
+        for action in registry.in_audit() {
+            tracing::warn!(action, "egress.mode is unsafe_audit: the action is not held to its profile");
+        }
         let policy: Box<dyn policy::Engine> = Box::new(load_policy(&config)?);
 
         let options = Options { proofs_per_key: config.auth.max_live_proofs_per_key, ..Options::default() };
@@ -318,7 +321,9 @@ impl Gate {
         }
         match self.enforcer.health() {
             Ok(()) => match self.selftest.readiness() {
-                Readiness::Ready => guards::warning().map_or(Readiness::Ready, Readiness::Degraded),
+                Readiness::Ready => {
+                    guards::warning().or_else(|| self.degraded()).map_or(Readiness::Ready, Readiness::Degraded)
+                }
                 other => other,
             },
             Err(error) => {
@@ -326,6 +331,13 @@ impl Gate {
                 Readiness::NotReady("the kernel program does not hold".to_owned())
             }
         }
+    }
+
+    /// What does not hold as it should while the gate serves all the same.
+    fn degraded(&self) -> Option<String> {
+        let audited: Vec<&str> = self.registry.in_audit().collect();
+        (!audited.is_empty())
+            .then(|| format!("egress.mode is unsafe_audit: not held to their profiles are {}", audited.join(", ")))
     }
 
     /// Counts a call as running until the guard goes; `None` when as many run or wait as may. A call outlives its
@@ -414,6 +426,7 @@ fn load_registry(config: &Config) -> Result<Registry, StartError> {
         .collect::<Result<AddedDomains, _>>()
         .map_err(part("definitions.allowed_domains"))?;
     let registry = Registry::load_with(&sources, &added).map_err(part("manifests"))?;
+    let registry = registry.permitting_audit(&config.egress.permit_unsafe_audit).map_err(part("manifests"))?;
     let registry = if config.definitions.strict { registry.strict().map_err(part("manifests"))? } else { registry };
     Ok(registry.with_pins(config.definitions.pins.clone()))
 }
@@ -469,6 +482,8 @@ fn proxy_config(config: &Config) -> Result<ProxyConfig, StartError> {
         limits: proxy::Limits {
             concurrent_connections_per_execution: egress.max_connections_per_execution,
             bytes_per_execution: egress.max_bytes_per_execution,
+            connections_burst: egress.connections_burst,
+            connections_per_second: egress.connections_per_second,
             ..proxy::Limits::default()
         },
     })

@@ -289,6 +289,14 @@ impl Ledger {
         archive::mentions(&self.directory, text)
     }
 
+    /// Receipts and refusals of an action, the newest first; from another connection, as [`Self::mentions`].
+    ///
+    /// # Errors
+    /// When the ledger cannot be read.
+    pub fn of_action(&self, action_id: &str, limit: u32) -> Result<Vec<Value>, LedgerError> {
+        archive::of_action(&self.directory, action_id, limit)
+    }
+
     /// Verifies the whole log as it is now, from another connection; reads all of it, so not on an async thread.
     pub fn verify(&self, anchor: Option<&Anchor>) -> Result<VerifyReport, verify::VerifyError> {
         verify::verify(&self.directory, self.keys.public(), anchor)

@@ -7,6 +7,7 @@ pub mod error;
 pub mod listen;
 pub mod metrics;
 pub mod operator;
+pub mod patient;
 mod plain;
 
 use std::convert::Infallible;
@@ -33,6 +34,8 @@ pub type Answer = Response<Full<Bytes>>;
 pub struct ConnectionLimits {
     pub max_connections: usize,
     pub header_timeout: Duration,
+    /// How long an answer may not be read.
+    pub write_timeout: Duration,
 }
 
 /// Serves `bound` until `stop` turns true, then lets the requests in flight finish.
@@ -113,6 +116,7 @@ async fn connection<H, F>(
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout).max_buf_size(64 << 10).half_close(false);
+    let stream = patient::Patient::new(stream, limits.write_timeout);
     let served = http.serve_connection(TokioIo::new(plain::Plain::new(stream)), service).with_upgrades();
     let mut connection = std::pin::pin!(served);
     let outcome = tokio::select! {

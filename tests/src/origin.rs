@@ -72,6 +72,18 @@ impl Origin {
         Self::start(Some(authority.server(names)), SocketAddr::new(address, 0), Arc::new(move |_| response.clone()))
     }
 
+    /// The same at this very address and port.
+    pub fn tls_at(authority: &Authority, names: &[&str], address: SocketAddr, response: &str) -> Self {
+        let response = ok(response);
+        Self::start(Some(authority.server(names)), address, Arc::new(move |_| response.clone()))
+    }
+
+    /// In the clear, at this very address and port.
+    pub fn clear_at(address: SocketAddr, response: &str) -> Self {
+        let response = ok(response);
+        Self::start(None, address, Arc::new(move |_| response.clone()))
+    }
+
     /// TLS for `names`, with an answer of its own for each request. An empty answer is none: the connection stays open
     /// until the client gives up.
     pub fn answering(authority: &Authority, names: &[&str], address: IpAddr, answers: Answers) -> Self {

@@ -57,6 +57,8 @@ pub struct Manifest {
     /// What `latchgate actions lint` says: unknown keys, and things that load and deserve a look.
     pub warnings: Vec<Warning>,
     digest: String,
+    /// Whether it says `egress.mode: unsafe_audit`, which the gate's configuration must permit.
+    pub asks_for_audit: bool,
     /// The `default`s of the request schema's own properties, for params that a template names and a call leaves out.
     defaults: Map<String, Value>,
 }
@@ -200,7 +202,11 @@ impl Prepared {
     pub fn within(&self, profile: &Profile) -> Result<(), Denied> {
         let Self::Http(call) = self else { return Ok(()) };
         let over_tls = call.url.starts_with("https:");
-        match profile.permits_target(&call.host, call.port)? {
+        let permitted = match profile.permits_target(&call.host, call.port) {
+            Err(denied) => return profile.audits(&call.host, call.port).map(drop).map_err(|_| denied),
+            Ok(permitted) => permitted,
+        };
+        match permitted {
             Permitted::Name(entry) => entry.permits_request(&call.method, over_tls),
             Permitted::Address(entry) => entry.protocol().permits_request(over_tls),
         }

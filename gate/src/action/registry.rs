@@ -1,6 +1,6 @@
 //! The actions that a gate has: all of them load, or none does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -136,6 +136,41 @@ impl Registry {
     /// [`LoadError`] with every warning.
     pub fn strict(self) -> Result<Self, LoadError> {
         if self.warnings.is_empty() { Ok(self) } else { Err(LoadError { problems: self.warnings }) }
+    }
+
+    /// Arms `egress.mode: unsafe_audit` for the actions that `permitted` names. Until then a manifest that asks for it is
+    /// held to its profile like every other.
+    ///
+    /// # Errors
+    /// [`LoadError`] for an action that asks for it and is not permitted, and for a permission of no action's.
+    pub fn permitting_audit(mut self, permitted: &BTreeSet<String>) -> Result<Self, LoadError> {
+        let remark = |file: String, what: String| Remark { file, line: None, what };
+        let mut problems: Vec<Remark> = permitted
+            .iter()
+            .filter(|id| !self.actions.contains_key(*id))
+            .map(|id| {
+                remark("(configuration)".to_owned(), format!("egress.permit_unsafe_audit: there is no action {id:?}"))
+            })
+            .collect();
+        for (id, action) in self.actions.iter_mut().filter(|(_, action)| action.asks_for_audit) {
+            if permitted.contains(id) {
+                // The registry is new, so that nobody else has it yet.
+                match Arc::get_mut(action) {
+                    Some(action) => action.profile = Arc::new(action.profile.as_ref().clone().in_audit()),
+                    None => problems.push(remark(format!("action {id}"), "is in use already".to_owned())),
+                }
+            } else {
+                let what = "egress.mode: unsafe_audit lets through what the profile does not have, and this gate does not \
+                            permit it: name the action in egress.permit_unsafe_audit, or take the mode away";
+                problems.push(remark(format!("action {id}"), what.to_owned()));
+            }
+        }
+        if problems.is_empty() { Ok(self) } else { Err(LoadError { problems }) }
+    }
+
+    /// The actions that are not held to their profiles.
+    pub fn in_audit(&self) -> impl Iterator<Item = &str> {
+        self.actions().filter(|action| action.profile.is_audit()).map(|action| action.action_id.as_str())
     }
 
     /// Holds actions to digests that an operator wrote down: one that differs is `digest_mismatch` to policy.
@@ -329,6 +364,27 @@ mod tests {
         let sources = [Source::Directory(none.path().to_owned())];
         let error = Registry::load_with(&sources, &added("one", json!("api.example.com"))).unwrap_err();
         assert!(error.to_string().contains("reaches nothing"), "{error}");
+    }
+
+    #[test]
+    fn audit_is_armed_only_where_the_configuration_permits_it() {
+        let egress = "egress: {profile: proxy_allowlist, mode: unsafe_audit, allowed_domains: [kept.example.org]}\n";
+        let directory =
+            directory(&[("a.yaml", &format!("{MINIMAL}{egress}")), ("b.yaml", &MINIMAL.replace("one", "two"))]);
+        let load = || Registry::load(&[Source::Directory(directory.path().to_owned())]).unwrap();
+        assert!(!load().action("one").unwrap().profile.is_audit(), "not by the manifest alone");
+        let permit = |ids: &[&str]| load().permitting_audit(&ids.iter().map(|id| (*id).to_owned()).collect());
+        let error = permit(&[]).unwrap_err().to_string();
+        assert!(
+            error.contains("action one: egress.mode: unsafe_audit") && error.contains("egress.permit_unsafe_audit"),
+            "{error}"
+        );
+        let error = permit(&["one", "no_such"]).unwrap_err().to_string();
+        assert!(error.contains("there is no action \"no_such\""), "{error}");
+        // A permission is no order.
+        let armed = permit(&["one", "two"]).unwrap();
+        assert_eq!(armed.in_audit().collect::<Vec<_>>(), ["one"]);
+        assert_ne!(armed.action("one").unwrap().profile.hash(), load().action("one").unwrap().profile.hash());
     }
 
     #[test]

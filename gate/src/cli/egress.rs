@@ -33,6 +33,13 @@ pub(crate) enum Command {
     #[command(after_help = "Example: latchgate egress selftest\n\nExit code 0 only when nothing gets out and \
         nothing is inconclusive. The result is signed into the ledger; until it is good, the gate is not ready.")]
     Selftest(super::selftest::Arguments),
+    /// The smallest `egress` section that covers what an action was seen to contact, as a patch of its manifest.
+    #[command(
+        after_help = "Example: latchgate egress suggest web_read --since 7d > egress.yaml\n\nWhat was seen is in the \
+        ledger (the newest 10,000 records of the action) and what runs now contacts. It was let through: by the profile, or \
+        by egress.mode unsafe_audit. Read what is new before you take it over."
+    )]
+    Suggest(Suggest),
 }
 
 #[derive(Debug, Args)]
@@ -83,6 +90,32 @@ pub(crate) struct Explain {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Suggest {
+    #[command(flatten)]
+    operator: OperatorArguments,
+    /// The action.
+    #[arg(value_parser = action)]
+    action: String,
+    /// Only what was contacted since: 90s, 15m, 2h, 1d ago, or a time as 2026-01-02T03:04:05Z.
+    #[arg(long, value_name = "WHEN", value_parser = since)]
+    since: Option<Timestamp>,
+    /// Count what was refused for its name, address or port as well.
+    #[arg(long)]
+    refused: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+fn action(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match !text.is_empty() && text.chars().all(fits) {
+        true => Ok(text.to_owned()),
+        false => Err("an action's id is of A-Z a-z 0-9 . _ -".to_owned()),
+    }
+}
+
 /// What can stand in a path as it is.
 pub(super) fn id(text: &str) -> Result<String, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
@@ -110,6 +143,7 @@ pub(crate) fn run(command: &Command) -> Result<(), Failure> {
         Command::Profiles(profiles) => run_profiles(profiles),
         Command::Explain(explain) => run_explain(explain),
         Command::Selftest(arguments) => super::selftest::run(arguments),
+        Command::Suggest(suggest) => run_suggest(suggest),
     }
 }
 
@@ -261,6 +295,35 @@ fn run_explain(arguments: &Explain) -> Result<(), Failure> {
         return print(&format!("{answer}\n"));
     }
     print(&explanation(&answer))
+}
+
+fn run_suggest(arguments: &Suggest) -> Result<(), Failure> {
+    let mut query = Serializer::new(String::new());
+    query.append_pair("refused", if arguments.refused { "true" } else { "false" });
+    if let Some(since) = arguments.since {
+        query.append_pair("since", &since.to_string());
+    }
+    let path = format!("/v1/egress/suggest/{}?{}", arguments.action, query.finish());
+    let answer = arguments.operator.get(&path)?;
+    if arguments.json {
+        return print(&format!("{answer}\n"));
+    }
+    print(&suggestion(&answer))
+}
+
+fn suggestion(answer: &Value) -> String {
+    let text = |path: &str| answer.pointer(path).and_then(Value::as_str).map(plain_lines).unwrap_or_default();
+    let number = |path: &str| answer.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+    let seen = match number("/flows") {
+        0 => "nothing that was let through was seen".to_owned(),
+        flows => format!("{flows} connections from {} to {}", text("/window/first"), text("/window/last")),
+    };
+    let cut = match answer.pointer("/window/whole") {
+        Some(Value::Bool(true)) => "",
+        _ => ", the newest of them only",
+    };
+    let records = number("/window/records");
+    format!("# {}: {seen}; out of {records} records{cut}\n{}\n", text("/action_id"), text("/manifest"))
 }
 
 fn explanation(answer: &Value) -> String {

@@ -62,6 +62,7 @@ async fn serve(config: Config) -> Result<(), Failure> {
     let (stop, stopping) = watch::channel(false);
     let limits = ConnectionLimits {
         max_connections: gate.config.limits.max_connections,
+        write_timeout: Duration::from_secs(gate.config.limits.write_timeout_seconds),
         header_timeout: Duration::from_secs(gate.config.limits.header_timeout_seconds),
     };
     // Heard from before anybody can call, so that no signal ends the gate without a drain.

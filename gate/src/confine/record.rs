@@ -186,7 +186,7 @@ pub async fn receipt(
             reason: "what a session does beside its connections is not judged".to_owned(),
         },
         effect_evidence: Vec::new(),
-        egress_evidence: evidence(gate, &planned.profile.egress.hash(), egress),
+        egress_evidence: evidence(gate, &planned.profile.egress, egress),
         failure_class: failure_class.map(str::to_owned),
         approval: None,
         started_at: intended.started_at,

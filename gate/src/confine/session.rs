@@ -427,6 +427,7 @@ impl OwnSocket {
         let limits = ConnectionLimits {
             max_connections: MAX_CONNECTIONS.min(gate.config.limits.max_connections),
             header_timeout: Duration::from_secs(gate.config.limits.header_timeout_seconds),
+            write_timeout: Duration::from_secs(gate.config.limits.write_timeout_seconds),
         };
         let (stopping, gate) = (stop.subscribe(), Arc::clone(gate));
         let served = tokio::spawn(server::serve(bound, limits, stopping, move |peer, request| {

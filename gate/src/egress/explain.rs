@@ -19,7 +19,7 @@ mod tests;
 pub struct Explanation {
     /// What was asked for, in words.
     pub asked: String,
-    /// `refused`, `allowed`, or `allowed, and failed`.
+    /// `refused`, `let through, and would be refused`, `allowed`, or `allowed, and failed`.
     pub outcome: &'static str,
     /// `hook`, `resolver`, `proxy` or `gate`.
     pub decided_by: String,
@@ -71,6 +71,7 @@ pub fn explain(record: &Value, profile: Option<&Profile>) -> Explanation {
     Explanation {
         asked: flow.asked(),
         outcome: match (denied, flow.text("error")) {
+            (true, _) if flow.text("verdict") == Some("would_deny") => "let through, and would be refused",
             (true, _) => "refused",
             (false, Some(_)) => "allowed, and failed",
             (false, None) => "allowed",
@@ -98,7 +99,8 @@ pub fn flows_of(record: &Value, id: &str) -> Vec<Value> {
     if !["receipt_id", "grant_id", "decision_id", "trace_id"].iter().any(|name| is(record, name, id)) {
         return Vec::new();
     }
-    let denied: Vec<Value> = flows.iter().filter(|flow| is(flow, "verdict", "deny")).cloned().collect();
+    let refused = |flow: &&Value| is(flow, "verdict", "deny") || is(flow, "verdict", "would_deny");
+    let denied: Vec<Value> = flows.iter().filter(refused).cloned().collect();
     if denied.is_empty() { flows } else { denied }
 }
 

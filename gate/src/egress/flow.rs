@@ -168,6 +168,8 @@ pub enum NameVerified {
 pub enum Verdict {
     Allow,
     Deny,
+    /// Let through by `egress.mode: unsafe_audit`; the rule is the reason for which it would have been refused.
+    WouldDeny,
 }
 
 /// Why a connection is over.

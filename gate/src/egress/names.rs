@@ -18,7 +18,6 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 use self::answer::Asking;
-use self::rate::Bucket;
 use self::server::{Slot, Sweep, Whose};
 use super::flow::FlowRecord;
 use super::profile::Profile;
@@ -34,6 +33,7 @@ mod table;
 
 pub use self::books::Counts;
 pub use self::message::Transport;
+pub use self::rate::Bucket;
 pub use self::sockets::{SLOTS, Slots};
 pub use self::table::{Full, NameTable, Unnamed};
 

@@ -26,6 +26,8 @@ pub use network::{Network, NetworkEntry, NetworkError};
 
 /// The ports of an entry that names none.
 pub const DEFAULT_PORTS: [u16; 2] = [80, 443];
+/// The ports at which `egress.mode: unsafe_audit` lets names through.
+pub const AUDIT_PORTS: [u16; 2] = [80, 443];
 
 /// What an execution may reach. An [`Profile::Allowlist`] without entries reaches nothing, as [`Profile::None`] does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub enum Profile {
 pub struct Allowlist {
     entries: Vec<Entry>,
     networks: Vec<NetworkEntry>,
+    /// Whether names that no entry has are let through and recorded (`egress.mode: unsafe_audit`).
+    audit: bool,
 }
 
 /// One rule of an allowlist: some names, at some ports.
@@ -138,7 +142,7 @@ impl Profile {
         let mut entries: Vec<Entry> = entries.into_iter().collect();
         entries.sort();
         entries.dedup();
-        Self::Allowlist(Allowlist { entries, networks: Vec::new() })
+        Self::Allowlist(Allowlist { entries, networks: Vec::new(), audit: false })
     }
 
     /// The same with these networks besides; [`Profile::None`] stays what it is.
@@ -151,6 +155,42 @@ impl Profile {
         networks.sort();
         networks.dedup();
         Self::Allowlist(Allowlist { networks, ..list })
+    }
+
+    /// The same, but that public names at [`AUDIT_PORTS`] which no entry permits are let through and recorded
+    /// ([`Self::audits`]); [`Profile::None`] stays what it is.
+    #[must_use]
+    pub fn in_audit(self) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::Allowlist(list) => Self::Allowlist(Allowlist { audit: true, ..list }),
+        }
+    }
+
+    /// Whether what no entry permits may be let through.
+    pub const fn is_audit(&self) -> bool {
+        matches!(self, Self::Allowlist(list) if list.audit)
+    }
+
+    /// Whether `host` at `port`, which [`Self::permits`] denies, is let through all the same, and by which reason it
+    /// would be refused. Only DNS names that could be public are; an address is not, in no spelling. Of the addresses
+    /// that the name turns out to have, every one must be public.
+    ///
+    /// # Errors
+    /// [`Denied`], which is also what would have been said without the mode.
+    pub fn audits(&self, host: &str, port: u16) -> Result<DenyReason, Denied> {
+        let denied = match self.permits(host, port) {
+            Err(denied) => denied,
+            // An entry's rule holds: there is nothing to audit.
+            Ok(_) => return Err(DenyReason::ProtocolNotAllowed.into()),
+        };
+        let unnamed = matches!(denied.reason, DenyReason::NameNotAllowed | DenyReason::PortNotAllowed);
+        let public = Name::parse(host).is_ok_and(|name| name.could_be_public());
+        if self.is_audit() && unnamed && public && AUDIT_PORTS.contains(&port) {
+            Ok(denied.reason)
+        } else {
+            Err(denied)
+        }
     }
 
     /// The first two entries that say different things about the same names (or network) and port, so that neither
@@ -283,7 +323,8 @@ impl Profile {
                 format!(r#"{{"match":"network","name":"{network}","ports":[{ports}]{protocol}}}"#)
             }))
             .collect();
-        format!(r#"{{"entries":[{}],"profile":"proxy_allowlist"}}"#, entries.join(","))
+        let mode = if list.audit { r#""mode":"unsafe_audit","# } else { "" };
+        format!(r#"{{"entries":[{}],{mode}"profile":"proxy_allowlist"}}"#, entries.join(","))
     }
 
     /// The form that action details and policy input show: `"none"` or `{"proxy_allowlist": {"allowed_domains": […]}}`.
@@ -294,7 +335,11 @@ impl Profile {
         let mut names: Vec<String> = list.entries.iter().map(|entry| entry.pattern.to_string()).collect();
         names.extend(list.networks.iter().map(|entry| entry.network.to_string()));
         names.dedup();
-        json!({ "proxy_allowlist": { "allowed_domains": names } })
+        let mut public = json!({ "proxy_allowlist": { "allowed_domains": names } });
+        if list.audit {
+            public["proxy_allowlist"]["mode"] = json!("unsafe_audit");
+        }
+        public
     }
 }
 

@@ -81,6 +81,10 @@ pub struct Limits {
     pub concurrent_connections_per_execution: usize,
     /// Served and recorded one by one for one execution; the rest are refused, and one record counts them.
     pub connections_per_execution: usize,
+    /// Begun at once by one execution; one more is refused.
+    pub connections_burst: u32,
+    /// Begun each second by one execution for as long as it goes on; one more is refused.
+    pub connections_per_second: u32,
     /// Payload on the sandbox leg, both ways, of all connections of one execution; then they are reset.
     pub bytes_per_execution: u64,
     /// For the whole head of a request; then 408.
@@ -100,6 +104,8 @@ impl Default for Limits {
         Self {
             concurrent_connections_per_execution: 64,
             connections_per_execution: 4096,
+            connections_burst: 1024,
+            connections_per_second: 256,
             bytes_per_execution: 4 * 1024 * 1024 * 1024,
             head_time: Duration::from_secs(10),
             connect_time: Duration::from_secs(10),
@@ -368,7 +374,7 @@ fn take(shared: &Arc<Shared>, stream: TcpStream, client: SocketAddr, whose: Opti
         }
         Ok((Err((state, full)), _)) => {
             let decision_id = state.note_full(full, client, number);
-            let reply = Reply::denied("connection_limit", "this execution has made as many connections as it may");
+            let reply = Reply::denied(full.rule(), "this execution has made as many connections as it may");
             dismiss(shared, stream, reply.to_bytes(&decision_id, false));
         }
         Err(rule) => {

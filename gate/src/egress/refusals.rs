@@ -14,6 +14,8 @@ use crate::pipeline::dispatch::attempts::ACTION_ID;
 
 /// Refusals of one leaf that are listed one by one; the kernel's counts stand for the rest.
 const KEPT_PER_LEAF: usize = 256;
+/// Refusals of one leaf that are lines of the log; the others are there at `debug` only.
+const LOGGED_PER_LEAF: u64 = 16;
 /// How long a receipt waits for refusals that the kernel counted and the reader has not handed over yet.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -92,22 +94,15 @@ impl Refusals {
 
     fn note(&self, event: KernelEvent) {
         let mut leaves = self.leaves();
-        let of_leaf = leaves.get_mut(&event.leaf);
-        if of_leaf.as_ref().is_none_or(|of_leaf| of_leaf.owner.action_id != ACTION_ID) {
-            tracing::info!(
-                leaf = event.leaf.0,
-                hook = event.hook,
-                reason = event.reason,
-                protocol = event.protocol,
-                address = ?event.address,
-                port = event.port,
-                "refused by the kernel"
-            );
-        }
-        let refusal = match of_leaf {
-            None => Some(Arc::new(KernelRefusal::new(event, None))),
+        let refusal = match leaves.get_mut(&event.leaf) {
+            None => {
+                log(&event, false);
+                Some(Arc::new(KernelRefusal::new(event, None)))
+            }
             Some(of_leaf) => {
                 of_leaf.seen += 1;
+                // The self-test's are its own doing, and in its result.
+                log(&event, of_leaf.seen <= LOGGED_PER_LEAF && of_leaf.owner.action_id != ACTION_ID);
                 (of_leaf.refusals.len() < KEPT_PER_LEAF).then(|| {
                     let refusal = Arc::new(KernelRefusal::new(event, Some(of_leaf.owner.clone())));
                     of_leaf.refusals.push(Arc::clone(&refusal));
@@ -124,5 +119,15 @@ impl Refusals {
 
     fn leaves(&self) -> MutexGuard<'_, HashMap<LeafId, OfLeaf>> {
         self.0.leaves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn log(event: &KernelEvent, loud: bool) {
+    let KernelEvent { leaf, hook, reason, protocol, address, port, .. } = event;
+    let leaf = leaf.0;
+    if loud {
+        tracing::info!(leaf, hook, reason, protocol, ?address, port, "refused by the kernel");
+    } else {
+        tracing::debug!(leaf, hook, reason, protocol, ?address, port, "refused by the kernel");
     }
 }

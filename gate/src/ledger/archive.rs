@@ -41,6 +41,18 @@ pub fn mentions(path: &Path, text: &str) -> Result<Vec<Value>, LedgerError> {
     bodies.map(|body| serde_json::from_str(&body?).map_err(|error| LedgerError::Broken(error.to_string()))).collect()
 }
 
+/// The newest `limit` receipts and refusals of this action, the newest first. Reads back from the end, and so all of a
+/// ledger when there are fewer.
+pub fn of_action(path: &Path, action_id: &str, limit: u32) -> Result<Vec<Value>, LedgerError> {
+    let connection = connect(path)?;
+    let mut statement = connection.prepare(
+        "SELECT body FROM records WHERE action_id = ?1 AND (receipt_id IS NOT NULL OR event_type = 'refused')
+         ORDER BY sequence DESC LIMIT ?2",
+    )?;
+    let bodies = statement.query_map((action_id, limit), |row| row.get::<_, String>(0))?;
+    bodies.map(|body| serde_json::from_str(&body?).map_err(|error| LedgerError::Broken(error.to_string()))).collect()
+}
+
 /// The newest `limit` receipts, the newest first.
 pub fn receipts(path: &Path, limit: u32) -> Result<Vec<Receipt>, LedgerError> {
     let connection = connect(path)?;

@@ -287,7 +287,6 @@ impl Outcome {
         });
         let denied_by_proxy = self.egress.flows.iter().filter(|flow| flow.verdict == Verdict::Deny).count() as u64;
         let denied_by_kernel = self.egress.counts.as_ref().map_or(0, |counts| counts.denied.total());
-        let allowed = self.egress.flows.len() as u64 - denied_by_proxy;
         Summary {
             verification: self.interpreted.verification.clone(),
             success: matches!(self.interpreted.result, NormalizedResult::Success { .. }),
@@ -298,7 +297,7 @@ impl Outcome {
                 Exit::TimedOut | Exit::OutputTooLarge | Exit::Cancelled => -1,
             }),
             egress: json!({
-                "connections": allowed,
+                "connections": self.egress.connections(),
                 "denied": denied_by_proxy.saturating_add(denied_by_kernel),
                 "bytes_sent": sent,
                 "bytes_received": received,

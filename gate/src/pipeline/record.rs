@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::egress::flow::{Agreement, Verdict};
 use crate::egress::flows::{Noted, RefusedCall};
+use crate::egress::profile::Profile;
 use crate::gate::Gate;
 use crate::ledger::{Content, EventDraft, ReceiptDraft};
 use crate::pipeline::authenticate::Caller;
@@ -13,6 +14,9 @@ use crate::pipeline::authorise::AuthoriseError;
 use crate::pipeline::dispatch::{DispatchError, EgressEvidence, Outcome};
 use crate::pipeline::{Executed, Ids, Refusal, Refused};
 use crate::time::Timestamp;
+
+/// Bytes that the flows of one receipt may have, within what a record may have.
+const MAX_EVIDENCE_BYTES: usize = 3 << 20;
 
 /// What no hook and no proxy can see.
 const NOT_SEEN: [&str; 1] = ["seccomp"];
@@ -45,6 +49,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     if let Some(killed) = &killed {
         provider_receipt["killed"] = json!(killed);
     }
+    let egress_flows: Vec<Verdict> = egress.verdicts().collect();
     let draft = ReceiptDraft {
         grant_id: grant.grant_id().to_owned(),
         trace_id: ids.trace_id.clone(),
@@ -60,7 +65,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
         normalized_result: interpreted.result.clone(),
         verification_outcome: interpreted.verification.clone(),
         effect_evidence: interpreted.effect_evidence.clone(),
-        egress_evidence: evidence(gate, &grant.decision().profile().hash(), &egress),
+        egress_evidence: evidence(gate, grant.decision().profile(), &egress),
         failure_class: interpreted.failure_class.map(str::to_owned),
         approval: None,
         started_at: grant.started_at(),
@@ -70,6 +75,7 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
     let receipt =
         gate.ledger.receipt(draft).await.map_err(|error| refuse(Refusal::Evidence { message: error.to_string() }))?;
     gate.metrics.executed(&interpreted.result);
+    egress_flows.iter().for_each(|verdict| gate.metrics.flow(*verdict));
     // One that was killed while it waited did not run, but nothing failed to be made either.
     let ran = interpreted.dispatched || killed.is_some();
     let failure = match (&interpreted.egress_denied, &interpreted.reason, ran) {
@@ -91,33 +97,57 @@ pub async fn receipt(gate: &Gate, caller: &Caller, outcome: Outcome, ids: &Ids) 
 }
 
 /// The summary first, then the flows (API.md §2).
-pub(crate) fn evidence(gate: &Gate, profile_hash: &str, egress: &EgressEvidence) -> Vec<Value> {
-    let (mut sent, mut received, mut denied) = (0_u64, 0_u64, 0_u64);
+pub(crate) fn evidence(gate: &Gate, profile: &Profile, egress: &EgressEvidence) -> Vec<Value> {
+    let (mut sent, mut received) = (0_u64, 0_u64);
     for flow in &egress.flows {
         sent = sent.saturating_add(flow.bytes_from_sandbox);
         received = received.saturating_add(flow.bytes_to_sandbox);
-        denied += u64::from(flow.verdict == Verdict::Deny);
     }
+    let with = |verdict| egress.flows.iter().filter(|flow| flow.verdict == verdict).count() as u64;
+    let (denied, connections) = (with(Verdict::Deny), egress.connections());
     let lost = egress.counts.as_ref().is_none_or(|counts| counts.events_lost > 0);
-    let summary = json!({
+    let mut summary = json!({
         "kernel": egress.counts,
         "proxy": {
-            "connections": egress.flows.len() as u64 - denied,
+            "connections": connections,
             "denied": denied,
             "bytes_sent": sent,
             "bytes_received": received,
         },
         // The worst of the flows': each has its own.
         "agreement": egress.agreement.unwrap_or(Agreement::Unknown),
-        "profile_hash": profile_hash,
+        "profile_hash": profile.hash(),
         "program_hash": gate.enforcer.program_hash(),
         "not_seen": NOT_SEEN,
         "incomplete": egress.incomplete || lost,
     });
-    std::iter::once(summary)
-        .chain(egress.refusals.iter().map(|refusal| refusal.view()))
-        .chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()))
-        .collect()
+    if profile.is_audit() {
+        summary["mode"] = json!("unsafe_audit");
+        summary["proxy"]["would_deny"] = json!(with(Verdict::WouldDeny));
+    }
+    let items = egress.refusals.iter().map(|refusal| refusal.view());
+    let items = items.chain(egress.flows.iter().filter_map(|flow| serde_json::to_value(flow).ok()));
+    let (items, left_out) = within(items, MAX_EVIDENCE_BYTES);
+    if left_out > 0 {
+        summary["left_out"] = json!(left_out);
+        summary["incomplete"] = json!(true);
+    }
+    std::iter::once(summary).chain(items).collect()
+}
+
+/// As many as there is room for, and how many are left out. What does not fit must not cost the receipt.
+fn within(items: impl Iterator<Item = Value>, mut room: usize) -> (Vec<Value>, usize) {
+    let (mut kept, mut left_out) = (Vec::new(), 0);
+    for item in items {
+        match room.checked_sub(item.to_string().len()) {
+            Some(rest) if left_out == 0 => {
+                room = rest;
+                kept.push(item);
+            }
+            _ => left_out += 1,
+        }
+    }
+    (kept, left_out)
 }
 
 /// Notes that an authenticated caller was refused. The refusal stands whether or not the note is written: nothing ran.
@@ -152,5 +182,20 @@ pub async fn refusal(gate: &Gate, caller: &Caller, action_id: &str, refused: &Re
     };
     if let Err(error) = gate.ledger.event(event).await {
         tracing::error!(%error, decision_id = refused.decision_id, "a refusal is not in the ledger");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_that_do_not_fit_are_counted() {
+        let item = json!({"name": "x".repeat(100)});
+        let bytes = item.to_string().len();
+        let some = |count: usize| std::iter::repeat_n(item.clone(), count);
+        assert_eq!(within(some(3), 3 * bytes).1, 0);
+        let (kept, left_out) = within(some(5), 3 * bytes + 1);
+        assert_eq!((kept.len(), left_out), (3, 2));
     }
 }

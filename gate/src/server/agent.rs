@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Method, Request, StatusCode, header};
 use serde_json::{Value, json};
@@ -109,9 +108,10 @@ async fn route(
     };
     let body = if parts.method == Method::POST {
         let patience = Duration::from_secs(gate.config.limits.body_timeout_seconds);
-        body::read(&parts.headers, incoming, limit, patience).await.map_err(|cause| refuse(cause.into()))?
+        let read = body::read_within(&parts.headers, incoming, limit, patience, &listener.room);
+        read.await.map_err(|cause| refuse(cause.into()))?
     } else {
-        Bytes::new()
+        body::Held::default()
     };
     let presented = || pipeline::Request {
         ids: ids.clone(),
@@ -142,9 +142,9 @@ async fn route(
                 .ok_or_else(|| refuse(pipeline::resolve::ResolveError::ActionNotFound.into()))?;
             Ok(super::json(StatusCode::OK, &action.request_schema_view()))
         }
-        Route::Leases => lease(gate, &listener, peer, &body).map_err(refuse),
+        Route::Leases => lease(gate, &listener, peer, &body.bytes).map_err(refuse),
         Route::Execute(id) => {
-            let executed = pipeline::execute(gate, presented(), id, body).await?;
+            let executed = pipeline::execute(gate, presented(), id, body.bytes.clone()).await?;
             Ok(super::json(StatusCode::OK, &result(&executed, id)))
         }
         Route::Receipt(id) => {

@@ -72,7 +72,7 @@ pub fn answer(refused: &Refused) -> Answer {
         // RFC 9449 §7.1
         headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("DPoP algs=\"ES256\""));
     }
-    if matches!(*refused.cause, Refusal::Busy) {
+    if row.status == StatusCode::TOO_MANY_REQUESTS {
         headers.insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     }
     if let Refusal::MethodNotAllowed { allow } = *refused.cause {
@@ -116,6 +116,7 @@ fn table(cause: &Refusal) -> Row {
         Refusal::Body(error) => match error {
             BodyError::MediaType => row(415, "unsupported_media_type", Debug).with("message", error.to_string()),
             BodyError::TooLarge { limit } => row(413, "payload_too_large", Debug).with("limit_bytes", *limit),
+            BodyError::NoRoom => row(429, "rate_limited", Warn),
             BodyError::Slow | BodyError::Broken => row(400, "bad_request", Debug).with("message", error.to_string()),
         },
         Refusal::Authenticate(error) => authentication(error),

@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use crate::auth::{AuthError, peer};
 use crate::config;
+use crate::server::body::Room;
 
 /// What a listener says of everyone who calls on it.
 #[derive(Clone, Debug)]
@@ -20,6 +21,8 @@ pub struct ListenerIdentity {
     /// What a lease of this listener may ask for.
     pub scopes: Vec<String>,
     pub require_body_binding: bool,
+    /// For the bodies of requests.
+    pub room: Room,
 }
 
 /// What the kernel says of the process at the other end. Absent where it says nothing.
@@ -170,6 +173,7 @@ pub fn identity(config: &config::Config, listener: &config::Listener, bound: &Bo
         bases,
         scopes: listener.scopes.clone().unwrap_or_else(|| vec!["tools:call".to_owned()]),
         require_body_binding: config.auth.require_body_binding || !loopback,
+        room: Room::new(config.limits.max_body_bytes_in_flight),
     }
 }
 

@@ -12,6 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 use super::{Answer, error};
+use crate::egress::flow::Verdict;
 use crate::ledger::NormalizedResult;
 use crate::pipeline::{Ids, Refusal, Refused};
 
@@ -25,12 +26,18 @@ struct CodeLabel {
     code: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct VerdictLabel {
+    verdict: &'static str,
+}
+
 /// The gate's own counters.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     executions: Family<KindLabel, Counter>,
     refusals: Family<CodeLabel, Counter>,
+    flows: Family<VerdictLabel, Counter>,
 }
 
 impl Default for Metrics {
@@ -40,7 +47,9 @@ impl Default for Metrics {
         let refusals = Family::<CodeLabel, Counter>::default();
         registry.register("executions", "Executions that ended, by kind of result", executions.clone());
         registry.register("refusals", "Requests refused, by error code", refusals.clone());
-        Self { registry, executions, refusals }
+        let flows = Family::<VerdictLabel, Counter>::default();
+        registry.register("flows", "What executions contacted or tried to, by verdict", flows.clone());
+        Self { registry, executions, refusals, flows }
     }
 }
 
@@ -54,6 +63,15 @@ impl Metrics {
             NormalizedResult::InternalError { .. } => "internal_error",
         };
         self.executions.get_or_create(&KindLabel { kind }).inc();
+    }
+
+    pub fn flow(&self, verdict: Verdict) {
+        let verdict = match verdict {
+            Verdict::Allow => "allow",
+            Verdict::Deny => "deny",
+            Verdict::WouldDeny => "would_deny",
+        };
+        self.flows.get_or_create(&VerdictLabel { verdict }).inc();
     }
 
     pub fn refused(&self, cause: &Refusal) {

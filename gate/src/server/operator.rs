@@ -33,6 +33,7 @@ enum Route<'a> {
     Flows,
     Explain(&'a str),
     Selftest,
+    Suggest(&'a str),
     Executions,
     Confine,
     Kill(&'a str),
@@ -53,7 +54,7 @@ impl<'a> Route<'a> {
             "/v1/admin/drain" => Self::Drain,
             "/v1/executions" => Self::Executions,
             "/v1/confine" => Self::Confine,
-            other => Self::of_an_id(other)?,
+            other => Self::of_an_id(other).or_else(|| Self::of_an_action(other))?,
         })
     }
 
@@ -64,6 +65,10 @@ impl<'a> Route<'a> {
             None => (path.strip_prefix("/v1/egress/explain/")?, Self::Explain),
         };
         egress::is_id(id).then(|| route(id))
+    }
+
+    fn of_an_action(path: &'a str) -> Option<Self> {
+        path.strip_prefix("/v1/egress/suggest/").filter(|id| !id.is_empty() && !id.contains('/')).map(Self::Suggest)
     }
 
     const fn allow(self) -> &'static str {
@@ -172,6 +177,7 @@ async fn route(
             }
             gate.selftest.view()
         }
+        Route::Suggest(action) => egress::suggest(gate, action, call.parts.uri.query().unwrap_or_default()).await?,
         Route::Executions => executions::list(gate),
         Route::Kill(id) => executions::kill(gate, call, id, incoming).await?,
         Route::Confine => return confine::begin(gate, call, incoming, upgrade).await,
@@ -202,6 +208,7 @@ fn status(gate: &Gate) -> serde_json::Value {
         "actions": gate.registry.actions().count(),
         "running": gate.running(),
         "selftest": gate.selftest.line(),
+        "unsafe_audit": gate.registry.in_audit().collect::<Vec<_>>(),
         // Where no namespace could be had, the start went on with one wall: here it shows.
         "network": if gate.network == crate::sandbox::Network::Shared { "shared" } else { "isolated" },
     })

@@ -92,6 +92,7 @@ pub(super) fn parse(text: &str, base: Option<&Path>, added: &AddedDomains) -> Re
         max_response_bytes: raw.io.max_response_bytes,
         limits: raw.resource_limits,
         profile: Arc::new(profile),
+        asks_for_audit: audit(&raw.egress).is_some(),
         allowed_methods,
         cost_usd_cents: raw.cost_usd_cents,
         secrets: raw.secrets.into_iter().map(|secret| secret.value).collect(),
@@ -246,12 +247,20 @@ fn allowed_methods(raw: &RawManifest) -> Result<Option<Vec<String>>, ManifestErr
     }
 }
 
+/// The mode, where it is `unsafe_audit`.
+fn audit(raw: &RawEgress) -> Option<&Spanned<Mode>> {
+    raw.mode.as_ref().filter(|it| it.value == Mode::UnsafeAudit)
+}
+
 fn profile(raw: &RawEgress, warnings: &mut Vec<Warning>) -> Result<Profile, ManifestError> {
     if let Some(hold) = raw.on_unresolved.as_ref().filter(|it| it.value == OnUnresolved::Hold) {
         return Err(ManifestError::at(hold.referenced, NotEnforced::new("egress.on_unresolved: hold")));
     }
-    if let Some(audit) = raw.mode.as_ref().filter(|it| it.value == Mode::UnsafeAudit) {
-        return Err(ManifestError::at(audit.referenced, NotEnforced::new("egress.mode: unsafe_audit")));
+    if let (Some(audit), RawProfile::None) = (audit(raw), raw.profile) {
+        return Err(ManifestError::at(
+            audit.referenced,
+            "egress.mode unsafe_audit lets names through, and profile none lets nothing",
+        ));
     }
     let (mut entries, mut networks) = (Vec::new(), Vec::new());
     for domain in &raw.allowed_domains {

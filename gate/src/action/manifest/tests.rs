@@ -183,8 +183,7 @@ fn what_cannot_be_enforced_yet_does_not_load() {
         Form::Cidr => "cidr: 10.0.0.0/8, ports: [5432], protocol: tcp",
     };
     let forms = NOT_ENFORCED.iter().map(|&wanted| (domain(form(wanted)), wanted.name()));
-    let never =
-        [(egress("on_unresolved: hold"), "on_unresolved: hold"), (egress("mode: unsafe_audit"), "mode: unsafe_audit")];
+    let never = [(egress("on_unresolved: hold"), "on_unresolved: hold")];
     for ((from, to, line), part) in forms.chain(never) {
         let error = replaced(HTTP, from, &to).unwrap_err();
         assert!(error.what.contains("not enforced yet"), "{to}: {error}");
@@ -197,6 +196,15 @@ fn what_cannot_be_enforced_yet_does_not_load() {
     for (from, to, _) in [egress("on_unresolved: deny"), egress("mode: enforce")] {
         assert!(replaced(HTTP, from, &to).is_ok(), "{to}");
     }
+}
+
+#[test]
+fn audit_is_asked_for_and_not_there_before_it_is_permitted() {
+    let text = HTTP.replace("risk_level: low", "  mode: unsafe_audit\nrisk_level: low");
+    let manifest = parse(&text).unwrap();
+    assert!(manifest.asks_for_audit && !manifest.profile.is_audit());
+    let error = replaced(COMMAND, "{ profile: none }", "{ profile: none, mode: unsafe_audit }").unwrap_err();
+    assert!(error.what.contains("profile none lets nothing"), "{error}");
 }
 
 #[test]
@@ -243,7 +251,7 @@ fn the_documentation_has_every_key_and_no_other() {
     let list = text.split("## Not enforced yet").nth(1).unwrap();
     let mut listed: Vec<&str> = list.lines().filter_map(|line| line.strip_prefix("- ")).collect();
     let mut refused: Vec<&str> = NOT_ENFORCED.iter().map(|form| form.name()).collect();
-    refused.extend(["egress.on_unresolved: hold", "egress.mode: unsafe_audit", "allowed_methods for builtin:command"]);
+    refused.extend(["egress.on_unresolved: hold", "allowed_methods for builtin:command"]);
     listed.sort_unstable();
     refused.sort_unstable();
     assert_eq!(listed, refused);

@@ -1,6 +1,7 @@
 //! What one query of one execution is answered.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -10,8 +11,8 @@ use super::message::{CLASS_IN, Malformed, Query, TYPE_A, TYPE_AAAA, TYPE_ANY, TY
 use super::table::{NameTable, Unnamed};
 use super::{Execution, ReachError, Shared};
 use crate::egress::LeafId;
-use crate::egress::flow::FlowRecord;
-use crate::egress::profile::{DenyReason, Name, NameError, Profile};
+use crate::egress::flow::{FlowRecord, Verdict};
+use crate::egress::profile::{AUDIT_PORTS, DenyReason, Name, NameError, Profile};
 use crate::guards::{self, Guard};
 
 /// An execution that asks. Nothing here has a way to ask anybody else.
@@ -22,11 +23,15 @@ pub struct Asking {
     shared: Arc<Shared>,
     books: Mutex<Books>,
     over: watch::Sender<bool>,
+    /// Whether the log has heard that a name got no address.
+    warned: AtomicBool,
 }
 
 /// What a query comes to.
 enum Judgement {
     Address(Ipv4Addr),
+    /// The same for a name that is let through and recorded.
+    Audited(Ipv4Addr, DenyReason),
     NoData,
     Refused(&'static str),
     Failed(&'static str),
@@ -41,6 +46,7 @@ impl Asking {
             table: Arc::new(NameTable::new(limits.names_per_execution)),
             books: Mutex::new(Books::new(limits)),
             over: watch::Sender::new(false),
+            warned: AtomicBool::new(false),
             shared,
         }
     }
@@ -87,6 +93,11 @@ impl Asking {
         let reply = match self.judge(&query) {
             Judgement::Address(address) => {
                 books.counts.answered += 1;
+                query.address(address)
+            }
+            Judgement::Audited(address, reason) => {
+                books.counts.answered += 1;
+                self.note(&mut books, Verdict::WouldDeny, Some(query.printed()), reason.as_str(), client);
                 query.address(address)
             }
             Judgement::NoData => {
@@ -142,7 +153,7 @@ impl Asking {
         if query.class() != CLASS_IN {
             return Judgement::Refused("dns_class_not_allowed");
         }
-        let (name, ports) = match permitted(&self.execution.profile, query.host()) {
+        let Permitted { name, ports, would_deny } = match permitted(&self.execution.profile, query.host()) {
             Ok(permitted) => permitted,
             Err(reason) => return Judgement::Refused(reason.as_str()),
         };
@@ -156,17 +167,34 @@ impl Asking {
         }
         let ready = |address| self.shared.reach.reach(self.leaf, address, &ports);
         match self.table.stand_in_once(&name, ready) {
-            Ok(address) => Judgement::Address(address),
+            Ok(address) => match would_deny {
+                None => Judgement::Address(address),
+                Some(reason) => Judgement::Audited(address, reason),
+            },
             Err(Unnamed::Full) => Judgement::Refused("dns_names_per_execution"),
             Err(Unnamed::NotReady(ReachError(why))) => {
-                tracing::warn!(execution_id = self.execution.execution_id, %name, why, "a name got no address");
+                // A client that asks for a thousand more is not to fill the log.
+                if !self.warned.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(execution_id = self.execution.execution_id, %name, why, "a name got no address");
+                }
                 Judgement::Failed("kernel_refused")
             }
         }
     }
 
     fn refuse(&self, books: &mut Books, name: Option<String>, rule: &'static str, client: SocketAddr) -> String {
-        books.refuse(&self.execution, &self.shared.flows, name, rule, client)
+        self.note(books, Verdict::Deny, name, rule, client)
+    }
+
+    fn note(
+        &self,
+        books: &mut Books,
+        verdict: Verdict,
+        name: Option<String>,
+        rule: &'static str,
+        client: SocketAddr,
+    ) -> String {
+        books.note(&self.execution, &self.shared.flows, verdict, (name, rule), client)
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -174,8 +202,17 @@ impl Asking {
     }
 }
 
+/// A name that is answered.
+struct Permitted {
+    name: Name,
+    /// Those that may be connected to.
+    ports: Vec<u16>,
+    /// Set when no entry has it.
+    would_deny: Option<DenyReason>,
+}
+
 /// The name, if the profile has it at any port, and the ports that it has it at.
-fn permitted(profile: &Profile, host: Option<String>) -> Result<(Name, Vec<u16>), DenyReason> {
+fn permitted(profile: &Profile, host: Option<String>) -> Result<Permitted, DenyReason> {
     if profile.is_none() {
         return Err(DenyReason::NoEgress);
     }
@@ -191,9 +228,11 @@ fn permitted(profile: &Profile, host: Option<String>) -> Result<(Name, Vec<u16>)
     let named =
         profile.entries().iter().filter(|entry| entry.pattern().matches(&name) || !guards::on(Guard::ResolverNames));
     let mut ports: Vec<u16> = named.flat_map(|entry| entry.ports().iter().copied()).collect();
+    let would_deny = ports.is_empty().then_some(DenyReason::NameNotAllowed);
+    ports.extend(AUDIT_PORTS.iter().filter(|&&port| profile.audits(name.as_str(), port).is_ok()));
     ports.sort_unstable();
     ports.dedup();
-    if ports.is_empty() { Err(DenyReason::NameNotAllowed) } else { Ok((name, ports)) }
+    if ports.is_empty() { Err(DenyReason::NameNotAllowed) } else { Ok(Permitted { name, ports, would_deny }) }
 }
 
 /// The EXTRA-TEXT of a refusal.

@@ -64,18 +64,18 @@ impl Books {
         self.bucket.take(Instant::now())
     }
 
-    /// Notes a refusal and gives its decision id. Clients ask the same thing again and again, for each type and of each
-    /// server: the same name refused by the same rule is one record and has one id, and the record says how often.
-    pub fn refuse(
+    /// Notes a refusal, or what would be one, and gives its decision id. Clients ask the same thing again and again, for
+    /// each type and of each server: the same name refused by the same rule is one record and has one id, and the record
+    /// says how often.
+    pub fn note(
         &mut self,
         execution: &Execution,
         flows: &broadcast::Sender<Arc<FlowRecord>>,
-        name: Option<String>,
-        rule: &'static str,
+        verdict: Verdict,
+        mut key: (Option<String>, &'static str),
         client: SocketAddr,
     ) -> String {
         let full = (None, "dns_records_per_execution");
-        let mut key = (name, rule);
         if !self.places.contains_key(&key) && self.records.len() >= self.limit {
             key = full;
         }
@@ -88,6 +88,7 @@ impl Books {
             action_id: Some(execution.action_id.clone()),
             principal: Some(execution.principal.clone()),
             workspace: Some(execution.workspace.clone()),
+            verdict,
             ..refusal(key.0.clone(), key.1, client)
         };
         let decision_id = record.decision_id.clone();

@@ -68,6 +68,14 @@ impl Name {
         &self.0
     }
 
+    /// Whether it could be a name of the public DNS: below a suffix that the registries have, and none of the names that
+    /// are kept for machines and networks of one's own (RFC 6761, RFC 6762, RFC 7686, RFC 8375).
+    pub fn could_be_public(&self) -> bool {
+        let last = self.0.rsplit('.').next().unwrap_or_default();
+        let registry = psl::List.suffix(self.0.as_bytes()).is_some_and(|suffix| suffix.is_known());
+        registry && self.0.contains('.') && !["arpa", "onion"].contains(&last)
+    }
+
     /// Whether this name lies below `suffix`, one label or more.
     fn is_below(&self, suffix: &Self) -> bool {
         self.0.strip_suffix(&suffix.0).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))

@@ -12,7 +12,11 @@ use super::{Entry, NetworkEntry, Pattern, Profile};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Narrowing {
     Nothing,
-    Only(Vec<Limit>),
+    Only {
+        limits: Vec<Limit>,
+        /// Whether the mode of a profile in audit is left to it.
+        audit: bool,
+    },
 }
 
 /// One item of an `approved_egress`.
@@ -46,11 +50,17 @@ impl Narrowing {
             .and_then(|object| object.get("proxy_allowlist"))
             .and_then(Value::as_object)
             .ok_or("approved_egress is neither \"none\" nor {\"proxy_allowlist\": …}")?;
+        let audit = match list.get("mode").map(|mode| mode.as_str()) {
+            None | Some(Some("enforce")) => false,
+            Some(Some("unsafe_audit")) => true,
+            Some(_) => return Err("approved_egress: mode is enforce or unsafe_audit".to_owned()),
+        };
         let domains = match list.get("allowed_domains") {
-            None | Some(Value::Null) => return Ok(Self::Only(Vec::new())),
+            None | Some(Value::Null) => return Ok(Self::Only { limits: Vec::new(), audit }),
             Some(domains) => domains.as_array().ok_or("approved_egress: allowed_domains is not a list")?,
         };
-        domains.iter().map(Limit::parse).collect::<Result<_, _>>().map(Self::Only)
+        let limits = domains.iter().map(Limit::parse).collect::<Result<_, _>>()?;
+        Ok(Self::Only { limits, audit })
     }
 }
 
@@ -96,7 +106,7 @@ impl Limit {
 impl Profile {
     /// What both this profile and `approved` permit.
     pub fn narrowed(&self, approved: &Narrowing) -> Self {
-        let (Self::Allowlist(list), Narrowing::Only(limits)) = (self, approved) else {
+        let (Self::Allowlist(list), Narrowing::Only { limits, audit }) = (self, approved) else {
             return Self::None;
         };
         // The most particular entries first: where two of them are cut to the same names, theirs is the rule that held
@@ -121,6 +131,7 @@ impl Profile {
                 networks.push(NetworkEntry { ports, ..cut });
             }
         }
-        Self::allowlist(kept).with_networks(networks)
+        let left = Self::allowlist(kept).with_networks(networks);
+        if list.audit && *audit { left.in_audit() } else { left }
     }
 }

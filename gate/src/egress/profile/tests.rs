@@ -620,3 +620,57 @@ proptest! {
         prop_assert_eq!(both, a.matches(&name) && b.matches(&name));
     }
 }
+
+#[test]
+fn audit_lets_through_public_names_at_two_ports_and_nothing_else() {
+    let entry = Entry::new(Pattern::parse("kept.example.org").unwrap(), [8443]);
+    let strict = Profile::allowlist([entry]);
+    let audit = strict.clone().in_audit();
+    for (host, port, reason) in [
+        ("other.example.com", 443, DenyReason::NameNotAllowed),
+        ("a.b.co.uk", 80, DenyReason::NameNotAllowed),
+        ("OTHER.Example.com", 443, DenyReason::NameNotAllowed),
+        ("kept.example.org", 443, DenyReason::PortNotAllowed),
+    ] {
+        assert_eq!(audit.audits(host, port), Ok(reason), "{host}:{port}");
+        assert!(strict.audits(host, port).is_err(), "{host}:{port} without the mode");
+        assert!(audit.permits(host, port).is_err(), "what is let through is not permitted: {host}:{port}");
+    }
+    for (host, port) in [
+        ("other.example.com", 22),
+        ("other.example.com", 8443),
+        ("localhost", 80),
+        ("db", 443),
+        ("router.local", 80),
+        ("metadata.google.internal", 80),
+        ("printer.lan", 443),
+        ("1.0.0.127.in-addr.arpa", 80),
+        ("hidden.onion", 443),
+        ("8.8.8.8", 443),
+        ("0x08080808", 443),
+        ("[2001:4860:4860::8888]", 443),
+        ("2001:4860:4860::8888", 443),
+        ("other.example.com.", 443),
+        ("com", 443),
+        ("", 443),
+        // An entry's own rule holds there.
+        ("kept.example.org", 8443),
+    ] {
+        assert!(audit.audits(host, port).is_err(), "{host}:{port}");
+    }
+    assert!(!Profile::None.in_audit().is_audit());
+    assert_ne!(audit.hash(), strict.hash());
+}
+
+#[test]
+fn policy_may_take_the_audit_away_and_never_gives_it() {
+    let narrow = |profile: &Profile, public: &Value| profile.narrowed(&Narrowing::parse(public).unwrap());
+    let strict = Profile::allowlist([Entry::new(Pattern::parse("kept.example.org").unwrap(), [])]);
+    let audit = strict.clone().in_audit();
+    // The built-in policy says again what it was told.
+    assert_eq!(narrow(&audit, &audit.to_public()), audit);
+    assert_eq!(narrow(&audit, &strict.to_public()), strict);
+    assert_eq!(narrow(&strict, &audit.to_public()), strict);
+    assert!(Narrowing::parse(&json!({"proxy_allowlist": {"allowed_domains": [], "mode": "on"}})).is_err());
+    assert!(Narrowing::parse(&json!({"proxy_allowlist": {"mode": 1}})).is_err());
+}

@@ -26,7 +26,10 @@ pub async fn serve(connection: &Connection, client: Client, original: SocketAddr
     let target = Target { host, port: original.port(), protocol: Protocol::Tcp };
     connection.asked(&target);
     match means.dialer.authorise(&session.profile, &target).await {
-        Ok(permit) => tunnel::carry(&Way { connection, means, target: &target, permit: &permit }, client, None).await,
+        Ok(permit) => {
+            permit.note(connection);
+            tunnel::carry(&Way { connection, means, target: &target, permit: &permit }, client, None).await
+        }
         Err(reply) => client.refuse(connection, &reply).await,
     }
 }

@@ -77,6 +77,7 @@ async fn asked(connection: &Connection, mut client: Client, means: &Means) -> En
         Ok(permit) => permit,
         Err(reply) => return client.answer(connection, &reply, head_only).await,
     };
+    permit.note(connection);
     let way = Way { connection, means, target, permit: &permit };
     let Some(forward) = request.forward else {
         // Before anything is known of what is inside, so that what fails can still be said in HTTP.

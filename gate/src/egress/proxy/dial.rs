@@ -18,7 +18,8 @@ use super::ProxyError;
 use super::count::Counted;
 use super::reply::Reply;
 use super::request::Target;
-use crate::egress::address::{AllowAddresses, Host, Refused, class_of};
+use super::session::Connection;
+use crate::egress::address::{AllowAddresses, Host, Refused, class_of, classify};
 use crate::egress::profile::{Denied, DenyReason, EntryProtocol, Profile};
 use crate::egress::resolver::Resolver;
 
@@ -32,9 +33,18 @@ pub struct Permit {
     pub protocol: EntryProtocol,
     /// Empty: all.
     pub methods: Vec<String>,
+    /// Set when no entry permits it, and it is let through and recorded.
+    pub would_deny: Option<DenyReason>,
 }
 
 impl Permit {
+    /// Notes on whose word it is let through.
+    pub fn note(&self, connection: &Connection) {
+        if let Some(reason) = self.would_deny {
+            connection.audited(reason);
+        }
+    }
+
     /// # Errors
     /// The answer that the client gets.
     pub fn allows_method(&self, method: &str) -> Result<(), Reply> {
@@ -95,14 +105,22 @@ impl Dialer {
                     )
                     .map_err(not_public)?;
                 let addresses = vec![SocketAddr::new(address.to_canonical(), *port)];
-                Ok(Permit { addresses, protocol: entry.protocol(), methods: Vec::new() })
+                Ok(Permit { addresses, protocol: entry.protocol(), methods: Vec::new(), would_deny: None })
             }
             Host::Name(name) => {
-                let entry = profile.permits(name, *port).map_err(denied)?;
+                let (protocol, methods, would_deny) = match profile.permits(name, *port) {
+                    Ok(entry) => (entry.protocol(), entry.methods().to_vec(), None),
+                    Err(_) => {
+                        let reason = profile.audits(name, *port).map_err(denied)?;
+                        (EntryProtocol::Auto, Vec::new(), Some(reason))
+                    }
+                };
                 let found = self.resolver.resolve(name).await;
                 let addresses = found.map_err(|error| Reply::failed(error.code(), error.to_string()))?;
                 for &address in &addresses {
-                    self.allow.check(address).map_err(not_public)?;
+                    // What the configuration opens besides is opened for entries that somebody wrote.
+                    let checked = if would_deny.is_some() { classify(address) } else { self.allow.check(address) };
+                    checked.map_err(not_public)?;
                 }
                 Ok(Permit {
                     // A mapped address is dialled as what it was checked as.
@@ -110,8 +128,9 @@ impl Dialer {
                         .into_iter()
                         .map(|address| SocketAddr::new(address.to_canonical(), *port))
                         .collect(),
-                    protocol: entry.protocol(),
-                    methods: entry.methods().to_vec(),
+                    protocol,
+                    methods,
+                    would_deny,
                 })
             }
         }

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, broadcast, watch};
+use tokio::time::Instant;
 
 use super::Limits;
 use super::count::{Budget, Counts};
@@ -14,7 +15,8 @@ use super::leg::Duplex;
 use super::request::Target;
 use crate::egress::LeafId;
 use crate::egress::flow::{DecidedBy, End, FlowRecord, NameVerified, Protocol, Verdict};
-use crate::egress::profile::Profile;
+use crate::egress::names::Bucket;
+use crate::egress::profile::{DenyReason, Profile};
 use crate::ids;
 use crate::time::Timestamp;
 
@@ -64,12 +66,14 @@ pub struct State {
     first_decision: Mutex<Option<String>>,
 }
 
-#[derive(Default)]
 struct Books {
     live: usize,
     records: Vec<FlowRecord>,
+    begun: Bucket,
     /// Stands for all connections after the records are full.
     overflow: Option<FlowRecord>,
+    /// Stands for all connections past the rate.
+    over_rate: Option<FlowRecord>,
 }
 
 /// Why a connection of a known execution is not served.
@@ -79,6 +83,26 @@ pub enum Full {
     Connections,
     /// As many were made as are recorded one by one.
     Records,
+    /// More were begun, in this time, than may be.
+    Rate,
+}
+
+impl Full {
+    /// As records and answers name it.
+    pub const fn rule(self) -> &'static str {
+        match self {
+            Self::Connections => "connection_limit",
+            Self::Records => "connections_per_execution",
+            Self::Rate => "connection_rate",
+        }
+    }
+}
+
+impl Books {
+    fn new(limits: &Limits) -> Self {
+        let begun = Bucket::new(limits.connections_burst, limits.connections_per_second);
+        Self { live: 0, records: Vec::new(), begun, overflow: None, over_rate: None }
+    }
 }
 
 /// The executions by leaf.
@@ -104,7 +128,7 @@ impl Registry {
             budget: Arc::new(Budget::new(bytes)),
             limits: limits.clone(),
             closed: watch::Sender::new(false),
-            books: Mutex::default(),
+            books: Mutex::new(Books::new(limits)),
             settled: Notify::new(),
             flows: flows.clone(),
             first_decision: Mutex::default(),
@@ -161,6 +185,9 @@ impl State {
         if books.live >= self.limits.concurrent_connections_per_execution {
             return Err(Full::Connections);
         }
+        if !books.begun.take(Instant::now()) {
+            return Err(Full::Rate);
+        }
         books.live += 1;
         Ok(())
     }
@@ -183,13 +210,12 @@ impl State {
                 let mut books = lock(&self.books);
                 if books.live == 0 {
                     let mut records = std::mem::take(&mut books.records);
-                    if let Some(overflow) = books.overflow.take() {
-                        // Where they were served, each was sent when it ended.
-                        if !self.session.lasts {
-                            let _ = self.flows.send(Arc::new(overflow.clone()));
-                        }
-                        records.push(overflow);
+                    let (overflow, over_rate) = (books.overflow.take(), books.over_rate.take());
+                    // Where they were served, each was sent when it ended.
+                    for record in overflow.iter().filter(|_| !self.session.lasts).chain(&over_rate) {
+                        let _ = self.flows.send(Arc::new(record.clone()));
                     }
+                    records.extend(overflow.into_iter().chain(over_rate));
                     return records;
                 }
             }
@@ -204,20 +230,25 @@ impl State {
         let decision_id = record.decision_id.clone();
         record.end = End::Answered;
         record.uncounted = true;
-        match full {
-            Full::Connections => {
-                record.rule = "connection_limit".to_owned();
+        record.rule = full.rule().to_owned();
+        let mut books = lock(&self.books);
+        let books = &mut *books;
+        let one_for_all = match full {
+            Full::Connections => None,
+            Full::Records => Some(&mut books.overflow),
+            Full::Rate => Some(&mut books.over_rate),
+        };
+        match one_for_all {
+            None => {
                 record.connection = number;
-                self.keep(record);
+                let _ = self.flows.send(Arc::new(record.clone()));
+                books.records.push(record);
             }
-            Full::Records => {
-                record.rule = "connections_per_execution".to_owned();
-                let mut books = lock(&self.books);
-                match &mut books.overflow {
-                    Some(overflow) => overflow.connections = overflow.connections.saturating_add(1),
-                    none => *none = Some(record),
-                }
+            Some(Some(all)) => {
+                all.connections = all.connections.saturating_add(1);
+                return all.decision_id.clone();
             }
+            Some(none) => *none = Some(record),
         }
         decision_id
     }
@@ -285,6 +316,8 @@ pub struct Connection {
     state: Arc<State>,
     pub counts: Arc<Counts>,
     record: Mutex<FlowRecord>,
+    /// The rule that would have refused it, where its action is in audit.
+    would_deny: Mutex<Option<DenyReason>>,
 }
 
 impl Connection {
@@ -296,7 +329,7 @@ impl Connection {
         if let Some(decision_id) = lock(&state.first_decision).take() {
             record.decision_id = decision_id;
         }
-        Self { state, counts: Arc::new(Counts::new()), record: Mutex::new(record) }
+        Self { state, counts: Arc::new(Counts::new()), record: Mutex::new(record), would_deny: Mutex::default() }
     }
 
     pub fn state(&self) -> &Arc<State> {
@@ -344,9 +377,18 @@ impl Connection {
     }
 
     pub fn allowed(&self) {
+        let (verdict, rule) = match *lock(&self.would_deny) {
+            None => (Verdict::Allow, "profile"),
+            Some(reason) => (Verdict::WouldDeny, reason.as_str()),
+        };
         let mut record = lock(&self.record);
-        record.verdict = Verdict::Allow;
-        record.rule = "profile".to_owned();
+        record.verdict = verdict;
+        record.rule = rule.to_owned();
+    }
+
+    /// Notes that no entry permits it: what is let through from here on would be refused.
+    pub fn audited(&self, reason: DenyReason) {
+        *lock(&self.would_deny) = Some(reason);
     }
 
     pub fn refused(&self, rule: &str) {

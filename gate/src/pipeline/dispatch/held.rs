@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::services::{self, Services};
 use crate::egress::LeafId;
 use crate::egress::agreement::{self, Moment};
-use crate::egress::flow::{Agreement, FlowRecord};
+use crate::egress::flow::{Agreement, DecidedBy, FlowRecord, Verdict};
 use crate::egress::flows::{KernelRefusal, Owner};
 use crate::egress::kernel::{KernelCounts, KernelError, boottime_ns};
 use crate::egress::profile::Profile;
@@ -25,6 +25,19 @@ pub struct EgressEvidence {
     pub refusals: Vec<Arc<KernelRefusal>>,
     /// Set when a part of the evidence could not be had.
     pub incomplete: bool,
+}
+
+impl EgressEvidence {
+    /// Connections that were let through. A query to the resolver is none.
+    pub fn connections(&self) -> u64 {
+        let let_through = |flow: &&FlowRecord| flow.verdict != Verdict::Deny && flow.decided_by == DecidedBy::Proxy;
+        self.flows.iter().filter(let_through).count() as u64
+    }
+
+    /// Of every attempt, the kernel's refusals included.
+    pub fn verdicts(&self) -> impl Iterator<Item = Verdict> {
+        self.flows.iter().map(|flow| flow.verdict).chain(self.refusals.iter().map(|_| Verdict::Deny))
+    }
 }
 
 /// Who is held, and to what.

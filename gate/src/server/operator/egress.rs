@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 use url::form_urlencoded;
 
 use crate::egress::explain;
-use crate::egress::flows::Filter;
+use crate::egress::flows::{Filter, KEPT};
 use crate::egress::profile::Profile;
+use crate::egress::suggest;
 use crate::gate::Gate;
 use crate::pipeline::Refusal;
 use crate::time::Timestamp;
@@ -17,6 +18,8 @@ use crate::time::Timestamp;
 const MAX_WAIT_SECONDS: u64 = 25;
 /// What comes while the first is handed out goes with it.
 const GATHER: Duration = Duration::from_millis(100);
+/// Records of the ledger that a suggestion is made from, the newest.
+const MAX_SUGGESTED_FROM: u32 = 10_000;
 /// Explanations of one answer.
 const MAX_EXPLAINED: usize = 100;
 
@@ -36,6 +39,7 @@ pub fn profiles(gate: &Gate) -> Value {
             "profile_hash": manifest.profile.hash(),
             "entries": entries(&manifest.profile),
             "allowed_methods": manifest.allowed_methods,
+            "mode": if manifest.profile.is_audit() { "unsafe_audit" } else { "enforce" },
         })
     };
     json!({"profiles": gate.registry.actions().map(|manifest| profile(manifest)).collect::<Vec<_>>()})
@@ -120,6 +124,64 @@ pub async fn explain(gate: &Arc<Gate>, id: &str) -> Result<Value, Refusal> {
     Ok(answer)
 }
 
+/// What `GET /v1/egress/suggest/{action}` asks for.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Window {
+    since: Option<Timestamp>,
+    refused: bool,
+}
+
+fn window(query: &str) -> Result<Window, String> {
+    let mut window = Window::default();
+    for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+        match (key.as_ref(), value.as_ref()) {
+            ("since", value) if window.since.is_none() => {
+                let since = Timestamp::parse(value);
+                window.since = Some(since.ok_or("since is a time as YYYY-MM-DDTHH:MM:SSZ, in UTC")?);
+            }
+            ("refused", "true" | "false") => window.refused = value == "true",
+            (other, _) => return Err(format!("{other:?}: since, once, and refused (true or false)")),
+        }
+    }
+    Ok(window)
+}
+
+/// The smallest profile that covers what an action was seen to contact: in the ledger, and by what runs now.
+pub async fn suggest(gate: &Arc<Gate>, action_id: &str, query: &str) -> Result<Value, Refusal> {
+    let Window { since, refused } = window(query).map_err(|message| Refusal::InvalidRequest { message })?;
+    let action = gate.registry.action(action_id).ok_or(Refusal::NotFound)?;
+    let (ledger, id) = (Arc::clone(gate), action_id.to_owned());
+    let records = tokio::task::spawn_blocking(move || ledger.ledger.of_action(&id, MAX_SUGGESTED_FROM))
+        .await
+        .map_err(|error| Refusal::Internal { message: error.to_string() })?
+        .map_err(|error| Refusal::Store { message: error.to_string() })?;
+    let whole = records.len() < MAX_SUGGESTED_FROM as usize;
+    let mut flows: Vec<Value> = Vec::new();
+    for record in &records {
+        let flow = record.pointer("/details/flow");
+        let evidence = record.get("egress_evidence").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        // The first item is the summary.
+        flows.extend(flow.into_iter().chain(evidence.iter().skip(1)).cloned());
+    }
+    let running: Vec<String> = gate.executions.list().into_iter().map(|execution| execution.id).collect();
+    let noted = Filter { action: Some(action_id.to_owned()), limit: Some(KEPT), ..Filter::default() };
+    flows.extend(gate.flows.page(&noted).flows.into_iter().filter(|flow| {
+        let execution = flow.get("execution_id").and_then(Value::as_str);
+        execution.is_some_and(|id| running.iter().any(|running| running == id))
+    }));
+    let mut counted = std::collections::BTreeSet::new();
+    flows.retain(|flow| {
+        let time = flow.get("time").and_then(Value::as_str).and_then(Timestamp::parse);
+        since.is_none_or(|since| time.is_some_and(|time| time >= since))
+            && flow.get("decision_id").and_then(Value::as_str).is_none_or(|id| counted.insert(id.to_owned()))
+    });
+    let times = || flows.iter().filter_map(|flow| flow.get("time").and_then(Value::as_str));
+    let (first, last) = (times().min().map(str::to_owned), times().max().map(str::to_owned));
+    let mut answer = suggest::suggest(action_id, &action.profile, &flows, refused).view();
+    answer["window"] = json!({"since": since, "first": first, "last": last, "records": records.len(), "whole": whole});
+    Ok(answer)
+}
+
 fn explained(gate: &Gate, id: &str, flows: &[Value], cause: Option<&str>) -> Value {
     let explanations: Vec<Value> = flows
         .iter()
@@ -154,6 +216,15 @@ mod tests {
             ["verdict=denied", "since=yesterday", "limit=-1", "acton=x", "action=a&action=b", "after=", "wait=1s"]
         {
             assert!(asked(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_window_is_read_whole_or_refused() {
+        let since = Timestamp::parse("2026-01-02T03:04:05Z");
+        assert_eq!(window("since=2026-01-02T03:04:05Z&refused=true"), Ok(Window { since, refused: true }));
+        for wrong in ["since=x", "refused=yes", "until=1", "since=2026-01-02T03:04:05Z&since=2026-01-02T03:04:05Z"] {
+            assert!(window(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -121,12 +121,38 @@ async fn so_many_connections_at_once_and_not_one_more() {
 }
 
 #[tokio::test]
+async fn connections_are_begun_at_a_rate_and_another_execution_has_its_own() {
+    let bench = Bench::new(|config| {
+        (config.limits.connections_burst, config.limits.connections_per_second) = (5, 1);
+    })
+    .await;
+    let session = bench.open(&[]);
+    let neighbour = bench.open_leaf(LeafId(8), &[]);
+    let mut reasons = Vec::new();
+    for _ in 0..12 {
+        reasons.push(bench.connect("origin.test:443").await.1.denied());
+    }
+    assert!(reasons[..5].iter().all(|reason| reason == "name_not_allowed"), "{reasons:?}");
+    let over = reasons.iter().filter(|reason| *reason == "connection_rate").count();
+    // One or two may have come to be in the meantime.
+    assert!(over >= 5, "{reasons:?}");
+    let mut other = bench.dial_as(Some(LeafId(8))).await;
+    other.write_all(b"CONNECT origin.test:443 HTTP/1.1\r\n\r\n").await.unwrap();
+    assert!(read_head(&mut other).await.starts_with(b"HTTP/1.1 403"));
+    assert_eq!(neighbour.close().await[0].rule, "name_not_allowed");
+    let records = session.close().await;
+    let last = records.last().unwrap();
+    assert_eq!((last.rule.as_str(), last.connections), ("connection_rate", over as u64));
+    assert_eq!(records.len(), 12 - over + 1);
+}
+
+#[tokio::test]
 async fn the_record_of_an_execution_is_bounded_and_says_what_it_leaves_out() {
     let bench = Bench::new(|config| config.limits.connections_per_execution = 10).await;
     let session = bench.open(&[]);
     for round in 0..25 {
         let reason = bench.connect("origin.test:443").await.1.denied();
-        assert_eq!(reason, if round < 10 { "name_not_allowed" } else { "connection_limit" });
+        assert_eq!(reason, if round < 10 { "name_not_allowed" } else { "connections_per_execution" });
     }
     let records = session.close().await;
     assert_eq!(records.len(), 11);
