@@ -119,8 +119,8 @@ impl Refusals {
 }
 
 fn log(event: &KernelEvent, loud: bool) {
-    let (leaf, hook, reason, protocol) = (event.leaf.0, event.hook, event.reason, event.protocol);
-    let (address, port) = (event.address, event.port);
+    let KernelEvent { leaf, hook, reason, protocol, address, port, .. } = event;
+    let leaf = leaf.0;
     if loud {
         tracing::info!(leaf, hook, reason, protocol, ?address, port, "refused by the kernel");
     } else {

@@ -159,14 +159,15 @@ impl Registry {
 impl State {
     fn enter(&self) -> Result<(), Full> {
         let mut books = lock(&self.books);
+        // First: to be refused for another reason is not free either.
+        if !books.begun.take(Instant::now()) {
+            return Err(Full::Rate);
+        }
         if books.live + books.records.len() >= self.limits.connections_per_execution {
             return Err(Full::Records);
         }
         if books.live >= self.limits.concurrent_connections_per_execution {
             return Err(Full::Connections);
-        }
-        if !books.begun.take(Instant::now()) {
-            return Err(Full::Rate);
         }
         books.live += 1;
         Ok(())
