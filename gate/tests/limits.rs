@@ -7,12 +7,14 @@ use latchgate::config::Config;
 use latchgate::egress::{names, proxy};
 
 /// Constants whose names look like a bound's, and that bound nothing that grows with what somebody sends.
-const NO_BOUNDS: [(&str, &str); 12] = [
+const NO_BOUNDS: [(&str, &str); 14] = [
     ("action/canonical/strict::MAX_DEPTH", "of one JSON value, within a body that is bounded"),
     ("auth/lease::MAX_TTL_SECONDS", "stands as auth.lease_ttl_seconds"),
     ("egress/client_hello::MAX_FRAGMENT", "of the format (RFC 8446 §5.1)"),
     ("egress/flows::DEFAULT_LIMIT", "what an answer has when nobody says how much"),
     ("egress/names/message::MAX_DATAGRAM_BYTES", "of an answer, which is made here"),
+    ("egress/terminate::KEPT_TIME", "how long a certificate is used"),
+    ("sandbox/protocol::DETAIL_MAX_BYTES", "of a message between the gate's own processes"),
     ("ledger/record::MAX_INTEGER", "what JSON can say"),
     ("ledger/record::MAX_DEPTH", "of one JSON value, within a record that is bounded"),
     ("ledger/verify::MAX_PROBLEMS", "of a report"),

@@ -23,19 +23,21 @@ fn cannot() -> bool {
     missing(&["/usr/bin/python3"])
 }
 
-/// An origin that echoes a byte for each connection and closes it, or keeps those that send `k`.
+/// An origin that echoes a byte for each connection and closes it; those that send `k` it keeps for as long as they do.
 fn origin(address: &str) -> u16 {
     let listener = TcpListener::bind(format!("{address}:0")).unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
-        let mut kept = Vec::new();
         for mut stream in listener.incoming().map_while(Result::ok) {
             let mut byte = [0];
             if stream.set_read_timeout(Some(Duration::from_secs(5))).is_ok() && stream.read_exact(&mut byte).is_ok() {
                 let _ = stream.write_all(&byte);
             }
             if &byte == b"k" {
-                kept.push(stream);
+                std::thread::spawn(move || {
+                    let _ = stream.set_read_timeout(Some(Duration::from_secs(30)));
+                    let _ = stream.read_to_end(&mut Vec::new());
+                });
             }
         }
     });

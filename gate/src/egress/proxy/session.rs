@@ -178,15 +178,16 @@ impl Registry {
 impl State {
     fn enter(&self) -> Result<(), Full> {
         let mut books = lock(&self.books);
+        // First: to be refused for another reason is not free either.
+        if !books.begun.take(Instant::now()) {
+            return Err(Full::Rate);
+        }
         let recorded = books.live + books.records.len();
         if recorded >= self.limits.connections_per_execution && !self.session.lasts {
             return Err(Full::Records);
         }
         if books.live >= self.limits.concurrent_connections_per_execution {
             return Err(Full::Connections);
-        }
-        if !books.begun.take(Instant::now()) {
-            return Err(Full::Rate);
         }
         books.live += 1;
         Ok(())
@@ -231,24 +232,19 @@ impl State {
         record.end = End::Answered;
         record.uncounted = true;
         record.rule = full.rule().to_owned();
+        if full == Full::Connections {
+            record.connection = number;
+            self.keep(record);
+            return decision_id;
+        }
         let mut books = lock(&self.books);
-        let books = &mut *books;
-        let one_for_all = match full {
-            Full::Connections => None,
-            Full::Records => Some(&mut books.overflow),
-            Full::Rate => Some(&mut books.over_rate),
-        };
+        let one_for_all = if full == Full::Rate { &mut books.over_rate } else { &mut books.overflow };
         match one_for_all {
-            None => {
-                record.connection = number;
-                let _ = self.flows.send(Arc::new(record.clone()));
-                books.records.push(record);
-            }
-            Some(Some(all)) => {
+            Some(all) => {
                 all.connections = all.connections.saturating_add(1);
                 return all.decision_id.clone();
             }
-            Some(none) => *none = Some(record),
+            none => *none = Some(record),
         }
         decision_id
     }
