@@ -29,6 +29,7 @@ demo: build ## an agent's call allowed, others refused, and the receipt verified
 test: setup-test ## every test, against the real kernel
 	@scripts/privileges.sh
 	cargo build --workspace
+	cargo build --package latchgate --features test-guards --bin latchgate-unguarded
 	cargo test --workspace --no-run
 	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
 
@@ -37,6 +38,7 @@ lint: ## formatting, clippy, licences, Python
 	cargo fmt --all --check
 	cargo fmt --manifest-path egress-ebpf/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --package latchgate --features test-guards -- -D warnings
 	$(CACHE)/tools/bin/cargo-deny --log-level error check bans licenses sources
 	$(CACHE)/lint/bin/ruff check --quiet demo tests
 	$(CACHE)/lint/bin/ruff format --quiet --check demo tests
@@ -45,8 +47,8 @@ lint: ## formatting, clippy, licences, Python
 fmt:
 	cargo fmt --all
 
-ebpf: ## rebuild the kernel program from source
+ebpf: ## rebuild the kernel program from source, and the one of the tests that take a guard away
 	cargo xtask ebpf
 
-ebpf-check: ## rebuild it in a clean directory and compare with the one that is checked in
+ebpf-check: ## rebuild both in a clean directory and compare with those that are checked in
 	cargo xtask ebpf --check

@@ -1,11 +1,15 @@
 # By a name, as an action has them; where there is none to ask, by the address that it stands for.
 def attempt():
-    name = p["name"] if "HTTP_PROXY" in os.environ else p[p["stands_for"]]
+    name = p["name"] if INSIDE else p[p["stands_for"]]
     try:
         found = socket.getaddrinfo(name, p["at"], socket.AF_INET, socket.SOCK_STREAM)[0][4]
     except socket.gaierror:
         return "no name"
-    return "ok" if b"reached" in tcp(socket.AF_INET, found[0], found[1], payload()) else "refused"
+    try:
+        said = tcp(socket.AF_INET, found[0], found[1], payload())
+    except (ConnectionResetError, BrokenPipeError):
+        return "refused"
+    return "ok" if b"reached" in said else "refused"
 
 
 def payload():

@@ -1,6 +1,6 @@
 # By CONNECT, as a program that knows proxies does.
 def attempt():
-    if "HTTP_PROXY" not in os.environ:
+    if not (INSIDE or p.get("stranger")):
         return "ok" if b"reached" in tcp(socket.AF_INET, V4) else "refused"
     with socket.create_connection(proxy(), PATIENCE) as s:
         s.sendall(("CONNECT %s:%d HTTP/1.1\r\nhost: %s\r\n\r\n" % (p["name"], PORT, p["name"])).encode())

@@ -45,7 +45,7 @@ class Ring:
 
 def attempt():
     ring = Ring(2 if p["polled"] else 0)
-    s = ring.do(SOCKET, socket.AF_INET, offset=socket.SOCK_STREAM)
+    s = ring.do(SOCKET, socket.AF_INET, offset=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     target = struct.pack("=H", socket.AF_INET) + struct.pack("!H", PORT) + socket.inet_aton(V4) + bytes(8)
     target, token = ctypes.create_string_buffer(target, 16), ctypes.create_string_buffer(TOKEN)
     ring.do(CONNECT, s, ctypes.addressof(target), 0, 16)

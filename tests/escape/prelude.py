@@ -11,6 +11,8 @@ import time
 TOKEN = p["token"].encode()
 V4, V6, MAPPED = p["v4"], p["v6"], "::ffff:" + p["v4"]
 PORT = p["port"]
+# Only in an action is there a bound of it.
+INSIDE = "patience" in p
 PATIENCE = p.get("patience", 2)
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -57,7 +59,9 @@ def checksum(data):
 def ipv4_udp(payload, source, target, port):
     # A whole packet, made by hand.
     udp = struct.pack("!4H", 4444, port, 8 + len(payload), 0) + payload
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, *map(socket.inet_aton, (source, target)))
+    head = struct.pack(
+        "!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, *map(socket.inet_aton, (source, target))
+    )
     return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + udp
 
 

@@ -16,7 +16,7 @@ def arrived(how, data):
 
 
 def converse(how, stream):
-    stream.settimeout(3)
+    stream.settimeout(300)
     try:
         while data := stream.recv(4096):
             arrived(how, data)

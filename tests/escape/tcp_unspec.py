@@ -2,7 +2,7 @@
 def attempt():
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
         s.settimeout(PATIENCE)
-        s.connect(proxy() if "HTTP_PROXY" in os.environ else (V4, PORT))
+        s.connect(proxy() if INSIDE else (V4, PORT))
         if libc.connect(s.fileno(), bytes(16), 16):
             raise OSError(ctypes.get_errno(), "connect to AF_UNSPEC")
         s.connect((V4, PORT))

@@ -211,7 +211,7 @@ impl Gate {
                 std::thread::sleep(Duration::from_millis(100));
                 panic!("the gate did not start ({status}):\n{}", self.log_text());
             }
-            assert!(began.elapsed() < Duration::from_secs(30), "the gate is not ready:\n{}", self.log_text());
+            assert!(began.elapsed() < Duration::from_secs(60), "the gate is not ready:\n{}", self.log_text());
             std::thread::sleep(Duration::from_millis(10));
         }
         let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap_or_default();

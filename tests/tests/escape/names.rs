@@ -44,7 +44,7 @@ const TABLE: &[Technique] = &[
     },
     Technique {
         name: "a name of the profile at another port",
-        with: r#"{"name": "tcp.escape.test", "stands_for": "v4", "at": 4003, "speaks": "tcp"}"#,
+        with: r#"{"name": "yes.escape.test", "stands_for": "v4", "at": 4003, "speaks": "tcp"}"#,
         by: By::Hook("connect4", "not_in_profile"),
         guards: &["reach", "proxy_names"],
         ..NAMED
@@ -53,7 +53,7 @@ const TABLE: &[Technique] = &[
         name: "a name whose address is not public",
         with: r#"{"name": "inner.escape.test", "stands_for": "other_v4", "at": 4000, "speaks": "tcp"}"#,
         said: "refused",
-        by: By::Rule("proxy", "address_not_public"),
+        by: By::Rule("proxy", "address_not_public:private"),
         guards: &["address_class"],
         ..NAMED
     },

@@ -56,8 +56,10 @@ pub struct Technique {
     pub needs: &'static [&'static str],
 }
 
+/// Allowed as TCP, over TLS, as HTTP, allowed with an address that is not, and not allowed. With the guard of names off
+/// the proxy takes the profile's last entry, which is the first of these.
 pub const NAMES: [&str; 5] =
-    ["tcp.escape.test", "tls.escape.test", "web.escape.test", "inner.escape.test", "no.escape.test"];
+    ["yes.escape.test", "tls.escape.test", "web.escape.test", "inner.escape.test", "no.escape.test"];
 
 /// A gate with both actions.
 pub fn gate(target: &Target, network: &str, guards_off: &[&str]) -> (Gate, Agent) {

@@ -1,8 +1,9 @@
 //! Where attackers may not get: a target in a network namespace of the test's own, and what reaches it.
 
 use std::io::{BufRead, BufReader};
+use std::net::UdpSocket;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ pub fn token() -> String {
 
 /// A namespace with a listener on everything, one cable away from the gate's.
 pub struct Target {
+    /// Ends what listens on this side.
+    over: Arc<AtomicBool>,
     namespace: String,
     process: Child,
     arrived: Arc<Mutex<Vec<String>>>,
@@ -74,7 +77,20 @@ impl Target {
                 kept.lock().unwrap().push(line);
             }
         });
+        let beside = UdpSocket::bind((at(1).as_str(), PORTS[0])).unwrap();
+        beside.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let (kept, over) = (Arc::clone(&arrived), Arc::new(AtomicBool::new(false)));
+        let ending = Arc::clone(&over);
+        std::thread::spawn(move || {
+            let mut datagram = [0; 2048];
+            while !ending.load(Ordering::Relaxed) {
+                if let Ok(length) = beside.recv(&mut datagram) {
+                    kept.lock().unwrap().push(String::from_utf8_lossy(&datagram[..length]).into_owned());
+                }
+            }
+        });
         let target = Self {
+            over,
             namespace,
             process,
             arrived,
@@ -118,6 +134,7 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
         let _ = self.process.kill();
         let _ = self.process.wait();
         let _ = Command::new("ip").args(["link", "del", &self.interface]).status();
