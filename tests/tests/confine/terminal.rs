@@ -47,9 +47,14 @@ fn ctrl_c_ends_what_is_in_the_foreground_and_not_the_shell() {
     session.see("lingering again");
     session.say("\x1a");
     session.see("Stopped");
-    session.say("kill -9 %1; wait; exit 0\r");
+    session.say("fg; echo ba'ck' $?\r");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    session.say("\x03");
+    session.say("echo ag'ain' $?\r");
+    session.see("again 130");
+    session.say("exit 3\r");
+    assert_eq!(session.end().code(), Some(3));
     // A signal to the client goes to what is in the foreground.
-    session.end();
     let mut session = Session::start(
         &gate,
         "none",
