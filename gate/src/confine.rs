@@ -20,9 +20,11 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-pub use profile::{HeldProfile, ProfileError, Profiles};
+pub use profile::{HeldProfile, NONE, ProfileError, Profiles};
 pub use session::begin;
 
+/// What stands before a profile's name where an action's id stands. No action's id has a colon.
+pub const ACTION_PREFIX: &str = "confine:";
 /// Sessions at one time; one more is refused.
 pub const MAX_SESSIONS: usize = 64;
 /// What a request for one may be, in bytes; most of it is the environment.

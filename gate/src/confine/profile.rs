@@ -56,6 +56,10 @@ impl Profiles {
         self.0.get(name)
     }
 
+    pub fn all(&self) -> impl Iterator<Item = (&str, &HeldProfile)> {
+        self.0.iter().map(|(name, held)| (name.as_str(), held))
+    }
+
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }

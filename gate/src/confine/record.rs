@@ -64,7 +64,7 @@ pub async fn intend(gate: &Gate, planned: &Planned, ids: &Ids) -> Result<Intende
         "operator": planned.operator,
     }))
     .map_err(unwritable)?;
-    let action_id = format!("confine:{}", planned.profile_name);
+    let action_id = format!("{}{}", super::ACTION_PREFIX, planned.profile_name);
     let plan = Plan {
         action_id: action_id.clone(),
         action_version: VERSION.to_owned(),

@@ -36,20 +36,25 @@ fn ctrl_c_ends_what_is_in_the_foreground_and_not_the_shell() {
     fs::set_permissions(work.join("stays"), fs::Permissions::from_mode(0o755)).unwrap();
     let mut session = Session::start(&gate, "none", &work, &["/bin/bash", "--norc", "-i"]);
     session.see("$ ");
-    session.say("sh -c 'echo fi\\rst; sleep 100'\r");
-    session.see("first");
+    session.say("./stays\r");
+    session.see("lingering");
     session.say("\x03");
     session.see("^C");
     session.say("echo wa's' $?\r");
     session.see("was 130");
     // Job control.
-    session.say("sh -c 'echo seco\\nd; sleep 100'\r");
-    session.see("second");
+    session.say("./stays again\r");
+    session.see("lingering again");
     session.say("\x1a");
     session.see("Stopped");
-    session.say("kill %1; exit 0\r");
+    session.say("fg; echo ba'ck' $?\r");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    session.say("\x03");
+    session.say("echo ag'ain' $?\r");
+    session.see("again 130");
+    session.say("exit 3\r");
+    assert_eq!(session.end().code(), Some(3));
     // A signal to the client goes to what is in the foreground.
-    session.end();
     let mut session = Session::start(
         &gate,
         "none",

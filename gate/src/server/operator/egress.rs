@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use url::form_urlencoded;
 
+use crate::confine;
 use crate::egress::explain;
 use crate::egress::flows::{Filter, KEPT};
 use crate::egress::profile::Profile;
@@ -42,7 +43,18 @@ pub fn profiles(gate: &Gate) -> Value {
             "mode": if manifest.profile.is_audit() { "unsafe_audit" } else { "enforce" },
         })
     };
-    json!({"profiles": gate.registry.actions().map(|manifest| profile(manifest)).collect::<Vec<_>>()})
+    let configured = gate.confined.all().filter(|(name, _)| *name != confine::NONE);
+    let sessions = configured.map(|(name, held)| {
+        json!({
+            "action_id": format!("{}{name}", confine::ACTION_PREFIX),
+            "profile": held.egress.to_public(),
+            "profile_hash": held.egress.hash(),
+            "entries": entries(&held.egress),
+            "inbound_ports": held.config.inbound_ports,
+        })
+    });
+    let actions = gate.registry.actions().map(|manifest| profile(manifest));
+    json!({"profiles": actions.chain(sessions).collect::<Vec<_>>()})
 }
 
 /// The rules as an operator reads them.
@@ -182,13 +194,21 @@ pub async fn suggest(gate: &Arc<Gate>, action_id: &str, query: &str) -> Result<V
     Ok(answer)
 }
 
+/// That of an action, or of a session.
+fn profile_of<'a>(gate: &'a Gate, id: &str) -> Option<&'a Profile> {
+    match id.strip_prefix(confine::ACTION_PREFIX) {
+        Some(name) => gate.confined.named(name).map(|held| &held.egress),
+        None => gate.registry.action(id).map(|action| action.profile.as_ref()),
+    }
+}
+
 fn explained(gate: &Gate, id: &str, flows: &[Value], cause: Option<&str>) -> Value {
     let explanations: Vec<Value> = flows
         .iter()
         .take(MAX_EXPLAINED)
         .map(|flow| {
-            let action = flow.get("action_id").and_then(Value::as_str).and_then(|id| gate.registry.action(id));
-            json!({"flow": flow, "explanation": explain::explain(flow, action.map(|action| action.profile.as_ref()))})
+            let profile = flow.get("action_id").and_then(Value::as_str).and_then(|id| profile_of(gate, id));
+            json!({"flow": flow, "explanation": explain::explain(flow, profile)})
         })
         .collect();
     json!({"id": id, "flows": flows.len(), "explained": explanations, "cause": cause})

@@ -57,6 +57,23 @@ fn only_internet_streams_and_datagrams() {
 }
 
 #[test]
+fn a_session_has_unix_streams_besides_and_nothing_else() {
+    let session = |family: u64, kind: u64, protocol: u64| {
+        verdict(&program(false, true), NATIVE, libc::SYS_socket, [family, kind, protocol, 0, 0, 0])
+    };
+    for family in 0..64 {
+        for kind in 0..16 {
+            for flags in [0, 0o4000, 0o2000000, 0o2004000] {
+                let without = asked(libc::SYS_socket, &[family, kind | flags, 0]);
+                let expected = if (family, kind) == (1, 1) { ALLOW } else { without };
+                assert_eq!(session(family as u64, (kind | flags) as u64, 0), expected, "{family} {kind} {flags:o}");
+            }
+        }
+    }
+    assert_eq!(asked(libc::SYS_socket, &[1, 1, 0]), REFUSE);
+}
+
+#[test]
 fn the_high_half_that_the_kernel_drops_does_not_help() {
     let high = 1_i64 << 40;
     assert_eq!(asked(libc::SYS_socket, &[high | 1, 1, 0]), REFUSE);
