@@ -18,7 +18,7 @@ const NAME: &str = "origin.agreement.test";
 const RUN: &str = r#"exec /usr/bin/python3 -c '
 import json, socket, struct, sys, threading, time
 asked = json.load(sys.stdin)
-exec(asked["source"], {**globals(), "PORT": asked["port"], "NAME": "origin.agreement.test"})
+exec(asked["source"], {**globals(), "PORT": asked["port"], "OWN": asked["own"], "NAME": "origin.agreement.test"})
 '"#;
 
 /// Many at once, of different sizes, some of them one after the other from one port.
@@ -39,7 +39,7 @@ def exchange(own, send, want):
     with lock: said.append([name, send + 8, got])
 many = [threading.Thread(target=exchange, args=(0, 1000 * n + n, 3000 * n + 1)) for n in range(24)]
 [t.start() for t in many]
-for n in range(12): exchange(45678, 100 + n, 200 + n)
+for n in range(12): exchange(OWN, 100 + n, 200 + n)
 [t.join() for t in many]
 print(json.dumps(said))
 ";
@@ -94,6 +94,8 @@ struct World {
     gate: Gate,
     agent: Agent,
     port: u16,
+    /// What a client may bind to.
+    own: u16,
 }
 
 impl World {
@@ -126,12 +128,15 @@ impl World {
             ))
             .start();
         let agent = Agent::connect(&gate.agent());
-        Some(Self { gate, agent, port })
+        // Below the range that the kernel gives ports from, so that nobody gets it meanwhile.
+        let first = 12_000 + u16::try_from(std::process::id() % 10_000).unwrap();
+        let own = (first..).find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap();
+        Some(Self { gate, agent, port, own })
     }
 
     /// What the program printed, and the evidence of its receipt.
     fn run(&self, action: &str, source: &str) -> (Value, Vec<Value>) {
-        let answer = self.agent.execute(action, &json!({"source": source, "port": self.port})).json();
+        let answer = self.agent.execute(action, &json!({"source": source, "port": self.port, "own": self.own})).json();
         let id = answer["receipt_id"].as_str().unwrap_or_else(|| panic!("{answer}\n{}", self.gate.log_text()));
         let receipt = self.agent.receipt(id).json();
         (answer["output"].clone(), receipt["egress_evidence"].as_array().unwrap().clone())
@@ -173,7 +178,8 @@ fn witnesses(network: &str) {
 
     // Each connection by itself, though many share a port, and all say what their client says.
     let (said, evidence) = world.run("run", EQUAL);
-    let mut said: Vec<[u64; 3]> = serde_json::from_value(said).unwrap();
+    let mut said: Vec<[u64; 3]> = serde_json::from_value(said)
+        .unwrap_or_else(|error| panic!("{error}: {evidence:#?}\n{}", world.gate.log_text()));
     let flows = connections(&evidence);
     assert_eq!((flows.len(), said.len()), (36, 36), "{evidence:#?}");
     for flow in &flows {

@@ -29,7 +29,7 @@ type Book = Mutex<HashMap<(LeafId, u64), Vec<Carried>>>;
 
 /// The proxy's side of one connection: reads what the header announces, answers with as much as it asks for.
 fn serve(stream: &mut TcpStream, enforcer: &Enforcer, book: &Book) -> Option<()> {
-    let (leaf, number) = (enforcer.leaf_of(stream.as_fd())?, enforcer.connection_of(stream.as_fd())?);
+    let (leaf, number) = (enforcer.leaf_of(stream.as_fd())?, enforcer.connection_of(stream.as_fd()));
     let client = stream.peer_addr().unwrap();
     let client = SocketAddr::new(client.ip().to_canonical(), client.port());
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -41,16 +41,29 @@ fn serve(stream: &mut TcpStream, enforcer: &Enforcer, book: &Book) -> Option<()>
     let got = std::io::copy(&mut stream.take(sends), &mut std::io::sink()).ok()?;
     stream.write_all(&vec![3; usize::try_from(wants).unwrap()]).ok()?;
     let carried = Carried { client, sent: HEADER + got, received: wants };
-    book.lock().unwrap().entry((leaf, number)).or_default().push(carried);
+    // Past the limit a connection has no number, and is served all the same.
+    if let Some(number) = number {
+        book.lock().unwrap().entry((leaf, number)).or_default().push(carried);
+    }
     // The client ends it.
     let _ = stream.read(&mut [0; 1]);
     Some(())
 }
 
-/// Accepts until `work` is done, each connection on a thread of its own pool's.
+/// Ends the threads also when a test panics.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Accepts until `work` is done.
 fn proxying(tree: &Tree, enforcer: &Enforcer, book: &Book, work: impl FnOnce()) {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         for listener in [&tree.proxy.v4, &tree.proxy.v6, &tree.proxy.v4, &tree.proxy.v6] {
             listener.set_nonblocking(true).unwrap();
             let stop = &stop;
@@ -67,7 +80,6 @@ fn proxying(tree: &Tree, enforcer: &Enforcer, book: &Book, work: impl FnOnce()) 
             });
         }
         work();
-        stop.store(true, Ordering::Relaxed);
     });
 }
 

@@ -423,6 +423,7 @@ async fn a_burst_of_one_execution_is_answered_whole() {
         } else {
             server.serve(sockets, records.clone()).unwrap();
         }
+        socket.writable().await.unwrap();
         // On this thread the tasks that read run only while this one waits.
         for id in 0..BURST {
             let query = Ask { id, ..ask("example.com", RecordType::A) };
