@@ -31,6 +31,9 @@ if [ "$purpose" = test ]; then
     [ -x /usr/bin/curl ] || packages+=(curl)
     [ -x /usr/bin/git ] || packages+=(git)
     [ -x /usr/bin/node ] || packages+=(nodejs)
+    [ -x /usr/lib/git-core/git-http-backend ] || packages+=(git)
+    # The server and its client, which are programs of a version's own directory; neither is started here.
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || packages+=(postgresql)
 fi
 if [ ${#packages[@]} -gt 0 ]; then
     echo "setup: installing ${packages[*]}"
@@ -43,6 +46,11 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import latchgate' 2>/
     echo "setup: the published client, in $venv"
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check 'latchgate==0.2.0'
+fi
+
+if [ "$purpose" = test ] && ! "$venv/bin/python" -c 'import requests' 2>/dev/null; then
+    echo "setup: requests, in $venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check 'requests==2.34.2'
 fi
 
 if [ "$purpose" = lint ]; then
