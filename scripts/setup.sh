@@ -32,8 +32,13 @@ if [ "$purpose" = test ]; then
     [ -x /usr/bin/git ] || packages+=(git)
     [ -x /usr/bin/node ] || packages+=(nodejs)
     [ -x /usr/lib/git-core/git-http-backend ] || packages+=(git)
-    # The server and its client, which are programs of a version's own directory; neither is started here.
-    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || packages+=(postgresql)
+    if ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
+        # Tests start a server of their own; the package is told to make none (postgresql-common, README.Debian).
+        as_root apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive as_root apt-get install -y -qq --no-install-recommends postgresql-common >/dev/null
+        as_root sed -i 's/^#*create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
+        packages+=(postgresql)
+    fi
 fi
 if [ ${#packages[@]} -gt 0 ]; then
     echo "setup: installing ${packages[*]}"

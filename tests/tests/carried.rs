@@ -13,9 +13,13 @@ mod fronting;
 mod git;
 #[path = "carried/http.rs"]
 mod http;
+#[path = "carried/life.rs"]
+mod life;
 #[path = "carried/names.rs"]
 mod names;
 #[path = "carried/postgres.rs"]
 mod postgres;
+#[path = "carried/walls.rs"]
+mod walls;
 #[path = "carried/world.rs"]
 mod world;

@@ -20,7 +20,7 @@ const RUN: &str = r#"exec /usr/bin/python3 -c '
 import json, os, subprocess, sys
 argv = json.load(sys.stdin)["argv"]
 env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
-done = subprocess.run(argv, env=env, capture_output=True, timeout=55)
+done = subprocess.run(argv, env=env, capture_output=True)
 said = lambda b: b.decode(errors="replace")[-60000:]
 print(json.dumps({"code": done.returncode, "out": said(done.stdout), "err": said(done.stderr)}))
 '"#;
@@ -84,7 +84,7 @@ pub struct Plan {
     actions: Vec<Action>,
     hosts: Vec<String>,
     ca_pem: Option<String>,
-    extra: String,
+    seconds: Option<u64>,
 }
 
 struct Action {
@@ -125,9 +125,9 @@ impl Plan {
         self
     }
 
-    /// More configuration; tables of its own.
-    pub fn config(mut self, text: &str) -> Self {
-        self.extra.push_str(text);
+    /// How long an execution may take; 58 unless told.
+    pub fn seconds(mut self, seconds: u64) -> Self {
+        self.seconds = Some(seconds);
         self
     }
 
@@ -137,15 +137,14 @@ impl Plan {
             std::fs::write(setup.directory.join("ca.pem"), pem).unwrap();
         }
         for Action { id, egress, files } in &self.actions {
-            setup = setup.manifest(id, &manifest(id, egress, files));
+            setup = setup.manifest(id, &manifest(id, egress, files, self.seconds.unwrap_or(58)));
         }
         let hosts: String = self.hosts.iter().map(|name| format!("\"{name}\" = [\"127.0.0.1\"]\n")).collect();
         let ca = if self.ca_pem.is_some() { "ca_file = \"{dir}/ca.pem\"\n" } else { "" };
         let gate = setup
             .config(&format!(
                 "[sandbox]\nnetwork = \"{network}\"\n\n[egress]\nallow_addresses = [\"127.0.0.0/8\"]\n{ca}\n\
-                 [egress.hosts]\n{hosts}\n{}",
-                self.extra
+                 [egress.hosts]\n{hosts}\n"
             ))
             .start();
         let agent = Agent::connect(&gate.agent());
@@ -154,7 +153,7 @@ impl Plan {
 }
 
 /// Room of address space: where there is no memory controller it is what is bounded, and Node reserves a lot.
-fn manifest(id: &str, egress: &str, files: &[(PathBuf, String)]) -> String {
+fn manifest(id: &str, egress: &str, files: &[(PathBuf, String)], seconds: u64) -> String {
     let script = RUN.replace('\n', "\n      ");
     let files: String =
         files.iter().map(|(path, digest)| format!("\n    - {{path: {}, sha256: {digest}}}", path.display())).collect();
@@ -162,7 +161,7 @@ fn manifest(id: &str, egress: &str, files: &[(PathBuf, String)]) -> String {
     format!(
         "action_id: {id}\nversion: \"1.0.0\"\nprovider_module_digest: builtin:command\ncommand:\n  argv:\n    - /bin/sh\n    - -c\n    - |\n      {script}\n{files}\
          io:\n  request_schema: {{type: object}}\n  max_request_bytes: 65536\n  max_response_bytes: 1048576\n\
-         resource_limits: {{memory_mb: 65536, timeout_seconds: 58}}\negress: {egress}\nrisk_level: low\nverifier_kind: none\n"
+         resource_limits: {{memory_mb: 65536, timeout_seconds: {seconds}}}\negress: {egress}\nrisk_level: low\nverifier_kind: none\n"
     )
 }
 
