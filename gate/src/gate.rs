@@ -55,6 +55,8 @@ pub struct Gate {
     pub dns: DnsServer,
     /// Where executions run: a namespace of their own each, or the gate's.
     pub network: Network,
+    /// Why executions have one wall fewer than was left to the gate to have.
+    one_wall: Option<String>,
     pub metrics: Metrics,
     /// Executions at the same time.
     pub places: Semaphore,
@@ -211,6 +213,7 @@ impl Gate {
         let flows = Flows::default();
         tokio::spawn(flows.clone().collect(proxy.flows()));
         tokio::spawn(flows.clone().collect(dns.flows()));
+        let mut one_wall = None;
         let network = match config.sandbox.network {
             Some(NetworkMode::Shared) => Network::Shared,
             wanted => {
@@ -226,6 +229,11 @@ impl Gate {
                     (Err(error), Some(_)) => return Err(part("sandbox.network = isolated")(error)),
                     (Err(error), None) => {
                         tracing::warn!(%error, "no network namespaces here: the kernel program is the only wall");
+                        one_wall = Some(
+                            "no network namespaces can be made here, so the kernel program is the only wall: set \
+                             sandbox.network to `isolated` to start only with both, or to `shared` to have it so"
+                                .to_owned(),
+                        );
                         Network::Shared
                     }
                 }
@@ -253,6 +261,7 @@ impl Gate {
             proxy,
             dns,
             network,
+            one_wall,
             metrics: Metrics::default(),
             draining: AtomicBool::new(false),
             running: AtomicUsize::new(0),
@@ -285,7 +294,7 @@ impl Gate {
             return Readiness::NotReady("the ledger has stopped: nothing can be recorded, so nothing runs".to_owned());
         }
         match self.enforcer.health() {
-            Ok(()) => Readiness::Ready,
+            Ok(()) => self.one_wall.clone().map_or(Readiness::Ready, Readiness::Degraded),
             Err(error) => {
                 tracing::error!(%error, "the kernel program does not hold");
                 Readiness::NotReady("the kernel program does not hold".to_owned())

@@ -29,6 +29,7 @@ pub struct Setup {
     pub name: String,
     pub directory: PathBuf,
     config: String,
+    before: Vec<String>,
 }
 
 impl Setup {
@@ -44,7 +45,13 @@ impl Setup {
              [[listeners]]\nname = \"agent\"\npath = \"{dir}/agent/gate.sock\"\nprincipal = \"tester\"\n\n"
         );
         fs::create_dir(directory.join("manifests")).unwrap();
-        Self { name: unique, directory, config }
+        Self { name: unique, directory, config, before: Vec::new() }
+    }
+
+    /// Starts the gate through a program that executes what follows its arguments.
+    pub fn through(mut self, command: &[&str]) -> Self {
+        self.before = command.iter().map(|one| (*one).to_owned()).collect();
+        self
     }
 
     /// Appends to the configuration; `{dir}` stands for the directory.
@@ -97,6 +104,13 @@ impl Setup {
         self.manifest(id, &yaml)
     }
 
+    fn program(&self) -> Command {
+        let mut all = self.before.iter().map(std::ffi::OsString::from).chain([binary().into()]);
+        let mut command = Command::new(all.next().unwrap());
+        command.args(all);
+        command
+    }
+
     pub fn config_file(&self) -> PathBuf {
         self.directory.join("latchgate.toml")
     }
@@ -112,7 +126,7 @@ impl Setup {
     /// Starts a gate that must refuse to: its exit code and what it said.
     pub fn refuse(self) -> (i32, String) {
         fs::write(self.config_file(), &self.config).unwrap();
-        let output = Command::new(binary()).arg("serve").arg("--config").arg(self.config_file()).output().unwrap();
+        let output = self.program().arg("serve").arg("--config").arg(self.config_file()).output().unwrap();
         let _ = fs::remove_dir_all(&self.directory);
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
     }
@@ -131,7 +145,9 @@ impl Gate {
     /// Starts it (again), and waits for `ready`.
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "it runs already");
-        let mut child = Command::new(binary())
+        let mut child = self
+            .setup
+            .program()
             .arg("serve")
             .arg("--config")
             .arg(self.setup.config_file())

@@ -3,7 +3,9 @@
 use std::process::Command;
 use std::time::Duration;
 
-use latchgate_tests::http::Connection;
+use latchgate_tests::agent::Agent;
+use latchgate_tests::gate::Setup;
+use latchgate_tests::http::{Connection, once};
 use latchgate_tests::inside::{Counting, leaves, outside, pins, send, wait};
 use serde_json::{Value, json};
 
@@ -144,4 +146,46 @@ fn the_namespace_holds_without_the_kernel_program() {
             assert!(reached.iter().zip(&before).all(|(now, then)| now > then), "the control: {reached:?} {before:?}");
         }
     }
+}
+
+/// Executes what follows its arguments, with setns(2) refused: a container whose filter has no namespaces.
+const NO_NAMESPACES: &str = r#"
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+setns = {"x86_64": 308, "aarch64": 268}[os.uname().machine]
+code = b"".join(struct.pack("=HBBI", *one) for one in [(0x20, 0, 0, 0), (0x15, 0, 1, setns), (6, 0, 0, 0x50001), (6, 0, 0, 0x7fff0000)])
+buffer = ctypes.create_string_buffer(code, len(code))
+program = ctypes.create_string_buffer(struct.pack("=H6xQ", 4, ctypes.addressof(buffer)), 16)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0): raise OSError(ctypes.get_errno(), "prctl")
+os.execv(sys.argv[1], sys.argv[1:])
+"#;
+
+/// The second wall is left out only where nobody asked for it, and never in silence.
+#[test]
+fn a_gate_that_can_have_one_wall_only_says_so() {
+    let confined = ["/usr/bin/python3", "-c", NO_NAMESPACES];
+    let targets = Targets::listen();
+    let code = format!("{REACH}\nprint(json.dumps([reach(*t) for t in {}]))", targets.all);
+    let script = format!("exec /usr/bin/python3 -c '{}'", code.trim());
+    let setup = |name: &str| Setup::new(name).command("reach", &script, "{profile: none}");
+    let gate = setup("wall-unset").through(&confined).start();
+    let readyz = once(&gate.agent(), "GET", "/readyz", &[], None);
+    let said = readyz.json();
+    assert_eq!((readyz.status, &said["status"]), (200, &json!("degraded")), "{said}");
+    assert!(said["reason"].as_str().unwrap().contains("sandbox.network"), "{said}");
+    let done = Agent::connect(&gate.agent()).execute("reach", &json!({})).json();
+    let outcomes = done["output"].as_array().unwrap_or_else(|| panic!("{done}"));
+    assert!(outcomes.iter().all(|one| one == "EPERM"), "{done}");
+    drop(gate);
+
+    // Whoever asked for one wall has it, and whoever asked for two has no gate.
+    let gate = setup("wall-shared").config("[sandbox]\nnetwork = \"shared\"\n").through(&confined).start();
+    assert_eq!(once(&gate.agent(), "GET", "/readyz", &[], None).json()["status"], "ready");
+    drop(gate);
+    let both = setup("wall-both").config("[sandbox]\nnetwork = \"isolated\"\n").through(&confined);
+    let (code, said) = both.refuse();
+    assert!(code != 0 && said.contains("sandbox.network = isolated"), "{code}: {said}");
+    // The machine can have both, and the gate then has them unasked.
+    let gate = setup("wall-free").start();
+    assert_eq!(once(&gate.agent(), "GET", "/readyz", &[], None).json()["status"], "ready");
 }
