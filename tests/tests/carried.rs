@@ -5,6 +5,8 @@
 
 #[path = "carried/clients.rs"]
 mod clients;
+#[path = "carried/crowd.rs"]
+mod crowd;
 #[path = "carried/entries.rs"]
 mod entries;
 #[path = "carried/fronting.rs"]
