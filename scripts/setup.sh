@@ -32,6 +32,7 @@ if [ "$purpose" = test ]; then
     [ -x /usr/bin/git ] || packages+=(git)
     [ -x /usr/bin/node ] || packages+=(nodejs)
     [ -x /usr/lib/git-core/git-http-backend ] || packages+=(git)
+    want musl-gcc musl-tools
     if ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
         # Tests start a server of their own; the package is told to make none (postgresql-common, README.Debian).
         as_root apt-get update -qq

@@ -1,8 +1,9 @@
 //! DNS as programs ask it: through the C library, in Python and Node, and by hand as Go does; and as a way out.
 
+use latchgate_tests::skip;
 use serde_json::{Value, json};
 
-use super::world::{NETWORKS, Plan, Ran, World, has_node};
+use super::world::{Archive, NETWORKS, Plan, Ran, World, has_node};
 
 const NAME: &str = "named.test";
 const OTHER: &str = "unnamed.test";
@@ -54,6 +55,9 @@ for transport, server, name, kind in json.loads(sys.argv[1]):
 print(json.dumps(said))
 "#;
 
+/// The command that looks a name up.
+type Argv = Box<dyn Fn(&str) -> Vec<String>>;
+
 fn ask(world: &World, action: &str, queries: &Value) -> (Vec<Value>, Ran) {
     let ran = world.run(action, &["/usr/bin/python3", "-c", ASK, &queries.to_string()]);
     assert_eq!(ran.code, 0, "{ran}");
@@ -76,7 +80,7 @@ fn the_c_library_python_and_node_find_names_of_the_profile_and_no_others() {
         let look = |hints: &str, name: &str| {
             format!("import socket; print(socket.getaddrinfo('{name}', 4433, type=socket.SOCK_STREAM, {hints}))")
         };
-        let mut asking: Vec<(&str, Box<dyn Fn(&str) -> Vec<String>>)> = vec![
+        let mut asking: Vec<(&str, Argv)> = vec![
             ("getent ahostsv4", Box::new(|name| vec!["getent".into(), "ahostsv4".into(), name.into()])),
             ("getent ahosts", Box::new(|name| vec!["getent".into(), "ahosts".into(), name.into()])),
             ("getent hosts", Box::new(|name| vec!["getent".into(), "hosts".into(), name.into()])),
@@ -206,5 +210,68 @@ fn datagrams_go_nowhere_else() {
         let ran = world.python("run", junk);
         assert_eq!(ran.code, 0, "{ran}");
         ran.any("deny", &json!({"decided_by": "resolver", "rule": "dns_malformed"}));
+    }
+}
+
+/// Alpine's programs, and every Node there, ask with AI_ADDRCONFIG; musl finds out by the connect of a datagram socket.
+#[test]
+fn musl_finds_names_and_the_connect_by_which_it_asks_carries_nothing() {
+    let program = Archive(std::env::temp_dir().join(format!("lgtest-musl-{}", uuid::Uuid::new_v4())));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/carried/musl.c");
+    let built = std::process::Command::new("musl-gcc").args(["-static", "-o"]).arg(&program.0).arg(source).output();
+    match built {
+        Err(_) => return skip("no musl-gcc: make setup-test"),
+        Ok(built) => assert!(built.status.success(), "{built:?}"),
+    }
+    let heard = ["127.0.0.1:65535", "[::1]:65535"].map(|address| {
+        let socket = std::net::UdpSocket::bind(address).unwrap();
+        socket.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+        socket
+    });
+    for network in NETWORKS {
+        let world = Plan::default()
+            .host(NAME)
+            .host(OTHER)
+            .reaching("run", &[format!("{{domain: {NAME}, ports: [4433]}}")])
+            .file(program.0.clone())
+            .start("musl", network);
+        let look = |name| world.run("run", &[program.0.to_str().unwrap(), name, "4433"]);
+        let ran = look(NAME);
+        assert_eq!((ran.code, ran.out.matches("198.18.").count()), (0, 2), "{network}: {ran}");
+        let ran = look(OTHER);
+        assert_eq!((ran.code, ran.out.as_str()), (1, ""), "{network}: {ran}");
+        ran.any("deny", &json!({"name": OTHER, "decided_by": "resolver"}));
+
+        // That connect is allowed, and nothing else at that place is: no datagram, no other protocol, no neighbour.
+        let code = "import errno, json, socket\n\
+            def attempt(family, address, port, kind, how):\n\
+            \x20   s = socket.socket(family, kind)\n\
+            \x20   try:\n\
+            \x20       if how != 'sendto': s.connect((address, port))\n\
+            \x20       if how == 'send': s.send(b'out')\n\
+            \x20       if how == 'sendto': s.sendto(b'out', (address, port))\n\
+            \x20       if how == 'sendmsg': s.sendmsg([b'out'], [], 0, (address, port))\n\
+            \x20       return 'done'\n\
+            \x20   except OSError as error: return errno.errorcode[error.errno]\n\
+            four, six, d, t = socket.AF_INET, socket.AF_INET6, socket.SOCK_DGRAM, socket.SOCK_STREAM\n\
+            said = {}\n\
+            for family, address in ((four, '127.0.0.1'), (six, '::1'), (six, '::ffff:127.0.0.1')):\n\
+            \x20   for how in ('connect', 'send', 'sendto', 'sendmsg'): said[f'{address} {how}'] = attempt(family, address, 65535, d, how)\n\
+            \x20   said[f'{address} tcp'] = attempt(family, address, 65535, t, 'connect')\n\
+            \x20   said[f'{address} neighbour'] = attempt(family, address, 65534, d, 'connect')\n\
+            said['127.0.0.2 connect'] = attempt(four, '127.0.0.2', 65535, d, 'connect')\n\
+            print(json.dumps(said))";
+        let ran = world.python("run", code);
+        let said: std::collections::BTreeMap<String, String> =
+            serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{ran}"));
+        assert_eq!(said.len(), 19);
+        for (attempt, outcome) in &said {
+            let expected =
+                if attempt.ends_with(" connect") && !attempt.starts_with("127.0.0.2") { "done" } else { "EPERM" };
+            assert_eq!(outcome, expected, "{attempt} in {network}");
+        }
+    }
+    for socket in &heard {
+        assert!(socket.recv_from(&mut [0; 64]).is_err(), "something was heard");
     }
 }
