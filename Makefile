@@ -9,7 +9,7 @@ GATE    = target/$(TARGET)/debug/latchgate
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CI)
 PRIVATE = $(AS_ROOT) unshare --mount --propagation private
 
-.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt
+.PHONY: help setup setup-test build demo test bench lint ebpf ebpf-check fmt
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,12 @@ test: setup-test ## every test, against the real kernel
 	cargo build --package latchgate --features test-guards --bin latchgate-unguarded
 	cargo test --workspace --no-run
 	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
+
+bench: setup-test ## what holding costs, as ratios of one run; on a machine that does nothing else
+	@scripts/privileges.sh
+	cargo build --release --package latchgate
+	cargo bench --package latchgate-tests --bench ratios --no-run
+	$(PRIVATE) cargo bench --quiet --package latchgate-tests --bench ratios
 
 lint: ## formatting, clippy, licences, Python
 	@scripts/setup.sh lint

@@ -31,6 +31,15 @@ if [ "$purpose" = test ]; then
     [ -x /usr/bin/curl ] || packages+=(curl)
     [ -x /usr/bin/git ] || packages+=(git)
     [ -x /usr/bin/node ] || packages+=(nodejs)
+    [ -x /usr/lib/git-core/git-http-backend ] || packages+=(git)
+    want musl-gcc musl-tools
+    if ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
+        # Tests start a server of their own; the package is told to make none (postgresql-common, README.Debian).
+        as_root apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive as_root apt-get install -y -qq --no-install-recommends postgresql-common >/dev/null
+        as_root sed -i 's/^#*create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
+        packages+=(postgresql)
+    fi
 fi
 if [ ${#packages[@]} -gt 0 ]; then
     echo "setup: installing ${packages[*]}"
@@ -43,6 +52,11 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import latchgate' 2>/
     echo "setup: the published client, in $venv"
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check 'latchgate==0.2.0'
+fi
+
+if [ "$purpose" = test ] && ! "$venv/bin/python" -c 'import requests' 2>/dev/null; then
+    echo "setup: requests, in $venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check 'requests==2.34.2'
 fi
 
 if [ "$purpose" = lint ]; then

@@ -10,6 +10,8 @@ use egress_ebpf::{DNS_PORT, Destination};
 
 use crate::{AF_INET, AF_INET6, Control, Hook, IPPROTO_TCP, IPPROTO_UDP, MAPPED_WORD, word};
 
+const FAMILY_PROBE_PORT: u16 = 65_535;
+
 /// An address and port in network byte order. An IPv4-mapped IPv6 address is held as the IPv4 address that it is.
 #[derive(Clone, Copy)]
 pub struct Endpoint {
@@ -43,6 +45,17 @@ impl Endpoint {
     #[inline(always)]
     pub const fn is_dns(&self) -> bool {
         self.host_port() == DNS_PORT
+    }
+
+    /// Loopback at the port by which musl's `AI_ADDRCONFIG` asks whether the machine has the family at all.
+    #[inline(always)]
+    pub const fn is_family_probe(&self) -> bool {
+        let [a, b, c, d] = self.address;
+        let loopback = match self.family {
+            AF_INET => a == u32::from_ne_bytes([127, 0, 0, 1]),
+            _ => a == 0 && b == 0 && c == 0 && d == 1_u32.to_be(),
+        };
+        loopback && self.host_port() == FAMILY_PROBE_PORT
     }
 
     /// As the kernel keeps it on a socket.

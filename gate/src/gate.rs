@@ -59,6 +59,8 @@ pub struct Gate {
     pub network: Network,
     /// Whether the gate has tried itself, and what came of it.
     pub selftest: Selftest,
+    /// Why executions have one wall fewer than was left to the gate to have.
+    one_wall: Option<String>,
     pub metrics: Metrics,
     /// Executions at the same time.
     pub places: Semaphore,
@@ -240,6 +242,7 @@ impl Gate {
         let flows = Flows::default();
         tokio::spawn(flows.clone().collect(proxy.flows()));
         tokio::spawn(flows.clone().collect(dns.flows()));
+        let mut one_wall = None;
         let network = match config.sandbox.network {
             Some(NetworkMode::Shared) => Network::Shared,
             wanted => {
@@ -255,6 +258,11 @@ impl Gate {
                     (Err(error), Some(_)) => return Err(part("sandbox.network = isolated")(error)),
                     (Err(error), None) => {
                         tracing::warn!(%error, "no network namespaces here: the kernel program is the only wall");
+                        one_wall = Some(
+                            "no network namespaces can be made here, so the kernel program is the only wall: set \
+                             sandbox.network to `isolated` to start only with both, or to `shared` to have it so"
+                                .to_owned(),
+                        );
                         Network::Shared
                     }
                 }
@@ -288,6 +296,7 @@ impl Gate {
             dns,
             network,
             selftest,
+            one_wall,
             metrics: Metrics::default(),
             draining: AtomicBool::new(false),
             running: AtomicUsize::new(0),
@@ -321,10 +330,9 @@ impl Gate {
         }
         match self.enforcer.health() {
             Ok(()) => match self.selftest.readiness() {
-                Readiness::Ready => {
-                    guards::warning().or_else(|| self.degraded()).map_or(Readiness::Ready, Readiness::Degraded)
-                }
-                other => other,
+                Readiness::NotReady(reason) => Readiness::NotReady(reason),
+                Readiness::Degraded(reason) => self.degraded(Some(reason)),
+                Readiness::Ready => self.degraded(None),
             },
             Err(error) => {
                 tracing::error!(%error, "the kernel program does not hold");
@@ -333,11 +341,14 @@ impl Gate {
         }
     }
 
-    /// What does not hold as it should while the gate serves all the same.
-    fn degraded(&self) -> Option<String> {
+    /// Everything that makes it hold less than it could, or ready when there is nothing.
+    fn degraded(&self, untested: Option<String>) -> Readiness {
         let audited: Vec<&str> = self.registry.in_audit().collect();
-        (!audited.is_empty())
-            .then(|| format!("egress.mode is unsafe_audit: not held to their profiles are {}", audited.join(", ")))
+        let in_audit = (!audited.is_empty())
+            .then(|| format!("egress.mode is unsafe_audit: not held to their profiles are {}", audited.join(", ")));
+        let reasons: Vec<String> =
+            guards::warning().into_iter().chain(untested).chain(self.one_wall.clone()).chain(in_audit).collect();
+        if reasons.is_empty() { Readiness::Ready } else { Readiness::Degraded(reasons.join("; ")) }
     }
 
     /// Counts a call as running until the guard goes; `None` when as many run or wait as may. A call outlives its

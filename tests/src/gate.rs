@@ -43,6 +43,8 @@ pub struct Setup {
     selftest: bool,
     /// What the shell does before it becomes the gate.
     before: Option<String>,
+    /// What executes the gate.
+    through: Vec<String>,
 }
 
 impl Setup {
@@ -58,7 +60,15 @@ impl Setup {
              [[listeners]]\nname = \"agent\"\npath = \"{dir}/agent/gate.sock\"\nprincipal = \"tester\"\n\n"
         );
         fs::create_dir(directory.join("manifests")).unwrap();
-        Self { name: unique, directory, config, guards_off: Vec::new(), selftest: false, before: None }
+        Self {
+            name: unique,
+            directory,
+            config,
+            guards_off: Vec::new(),
+            selftest: false,
+            before: None,
+            through: Vec::new(),
+        }
     }
 
     /// Takes these guards away (`gate/src/guards/switches.rs` has the names). None of them: the gate as it is.
@@ -81,9 +91,14 @@ impl Setup {
 
     fn serve(&self) -> Command {
         let binary = if self.guards_off.is_empty() { binary() } else { unguarded_binary() };
-        let mut command = match &self.before {
-            None => Command::new(binary),
-            Some(commands) => {
+        let mut command = match (&self.before, self.through.split_first()) {
+            (None, None) => Command::new(binary),
+            (None, Some((program, arguments))) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(binary);
+                command
+            }
+            (Some(commands), _) => {
                 let mut shell = Command::new("/bin/bash");
                 shell.arg("-c").arg(format!("{commands}\nexec \"$0\" \"$@\"")).arg(binary);
                 shell
@@ -98,6 +113,12 @@ impl Setup {
             }
         }
         command
+    }
+
+    /// Starts the gate through a program that executes what follows its arguments.
+    pub fn through(mut self, command: &[&str]) -> Self {
+        self.through = command.iter().map(|one| (*one).to_owned()).collect();
+        self
     }
 
     /// Appends to the configuration; `{dir}` stands for the directory.

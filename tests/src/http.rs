@@ -50,7 +50,8 @@ impl<T: Read + Write + Send> Stream for T {}
 
 impl Connection {
     pub fn open(target: &Target) -> std::io::Result<Self> {
-        let patience = Some(Duration::from_secs(60));
+        // Executions of these suites may take minutes; a gate that hangs is still found out.
+        let patience = Some(Duration::from_secs(600));
         let stream: Box<dyn Stream> = match target {
             Target::Unix(path) => {
                 let stream = UnixStream::connect(path)?;

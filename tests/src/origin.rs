@@ -49,6 +49,9 @@ impl Authority {
 /// What an origin sends for a request whose head is given, whole: status line, fields and body.
 pub type Answers = Arc<dyn Fn(&str) -> Vec<u8> + Send + Sync>;
 
+/// The same for a head and a body.
+pub type WholeAnswers = Arc<dyn Fn(&str, &[u8]) -> Vec<u8> + Send + Sync>;
+
 /// `200` with a body of text.
 pub fn ok(body: &str) -> Vec<u8> {
     format!(
@@ -91,11 +94,37 @@ impl Origin {
     }
 
     pub fn clear(address: IpAddr, response: &str) -> Self {
+        Self::clear_at(SocketAddr::new(address, 0), response)
+    }
+
+    /// In the clear, at this very port.
+    pub fn clear_at(address: SocketAddr, response: &str) -> Self {
         let response = ok(response);
-        Self::start(None, SocketAddr::new(address, 0), Arc::new(move |_| response.clone()))
+        Self::start(None, address, Arc::new(move |_| response.clone()))
+    }
+
+    /// In the clear, with an answer of its own for each request.
+    pub fn clear_answering(address: IpAddr, answers: Answers) -> Self {
+        Self::start(None, SocketAddr::new(address, 0), answers)
+    }
+
+    /// TLS that offers these protocols (RFC 7301). What is then spoken is still HTTP/1.1: it is for handshakes.
+    pub fn offering(authority: &Authority, names: &[&str], address: IpAddr, protocols: &[&str]) -> Self {
+        let mut config = authority.server(names);
+        config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+        Self::start(Some(config), SocketAddr::new(address, 0), Arc::new(|_| ok("")))
+    }
+
+    /// TLS, with answers that need the body too: read as long as `content-length` says. The answer may take its time.
+    pub fn with_bodies(authority: &Authority, names: &[&str], address: IpAddr, answers: WholeAnswers) -> Self {
+        Self::listen(Some(authority.server(names)), SocketAddr::new(address, 0), true, answers)
     }
 
     fn start(tls: Option<ServerConfig>, address: SocketAddr, answers: Answers) -> Self {
+        Self::listen(tls, address, false, Arc::new(move |head, _| answers(head)))
+    }
+
+    fn listen(tls: Option<ServerConfig>, address: SocketAddr, bodies: bool, answers: WholeAnswers) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind(address)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -107,10 +136,10 @@ impl Origin {
                 let (acceptor, kept, answers) = (acceptor.clone(), Arc::clone(&kept), Arc::clone(&answers));
                 tokio::spawn(async move {
                     match acceptor {
-                        None => answer(stream, &kept, &answers).await,
+                        None => answer(stream, &kept, bodies, &answers).await,
                         Some(acceptor) => {
                             if let Ok(stream) = acceptor.accept(stream).await {
-                                answer(stream, &kept, &answers).await;
+                                answer(stream, &kept, bodies, &answers).await;
                             }
                         }
                     }
@@ -126,22 +155,47 @@ impl Origin {
     }
 }
 
-async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, kept: &Mutex<Vec<String>>, answers: &Answers) {
+async fn answer(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    kept: &Mutex<Vec<String>>,
+    bodies: bool,
+    answers: &WholeAnswers,
+) {
     let mut bytes = Vec::new();
     let mut chunk = [0_u8; 4096];
-    while !bytes.windows(4).any(|window| window == b"\r\n\r\n") {
+    let end = |bytes: &[u8]| bytes.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
+    while end(&bytes).is_none() {
         match stream.read(&mut chunk).await {
             Ok(read) if read > 0 => bytes.extend_from_slice(&chunk[..read]),
             _ => break,
         }
     }
+    let head_length = end(&bytes).unwrap_or(bytes.len());
+    let rest = if bodies { bytes.split_off(head_length) } else { Vec::new() };
     let head = String::from_utf8_lossy(&bytes).into_owned();
     kept.lock().unwrap().push(head.clone());
-    let answer = answers(&head);
+    let mut body = rest;
+    while bodies && body.len() < content_length(&head) {
+        match stream.read(&mut chunk).await {
+            Ok(read) if read > 0 => body.extend_from_slice(&chunk[..read]),
+            _ => break,
+        }
+    }
+    let answer = if bodies { tokio::task::block_in_place(|| answers(&head, &body)) } else { answers(&head, &body) };
     if answer.is_empty() {
         let _ = tokio::time::timeout(Duration::from_secs(60), stream.read(&mut chunk)).await;
         return;
     }
     let _ = stream.write_all(&answer).await;
     let _ = stream.shutdown().await;
+}
+
+/// A field of a request's head.
+pub fn field<'h>(head: &'h str, name: &str) -> Option<&'h str> {
+    let mut fields = head.lines().filter_map(|line| line.split_once(':'));
+    fields.find(|(found, _)| found.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
+}
+
+fn content_length(head: &str) -> usize {
+    field(head, "content-length").and_then(|value| value.parse().ok()).unwrap_or(0)
 }
