@@ -28,7 +28,7 @@ use crate::egress::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey
 use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
-use crate::sandbox::{CgroupTree, Network, Runner, RunnerConfig};
+use crate::sandbox::{CgroupTree, Completed, Exit, Job, Limits, Network, Program, Runner, RunnerConfig};
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
 use crate::time::Timestamp;
@@ -202,12 +202,14 @@ impl Gate {
             proxy: kernel::ProxyAddresses { v4: addresses.v4, v6: addresses.v6 },
             resolver: Some(resolver),
         };
-        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start(kernel_config))
+        let attach = config.egress.attach;
+        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start_as(kernel_config, attach))
             .await
             .map_err(part("kernel program"))?
             .map_err(part("kernel program"))?;
         let enforcer = Arc::new(enforcer);
         let _ = attribution.0.set(Arc::clone(&enforcer));
+        try_sandbox(&cgroups, &runner).await?;
         let flows = Flows::default();
         tokio::spawn(flows.clone().collect(proxy.flows()));
         tokio::spawn(flows.clone().collect(dns.flows()));
@@ -362,6 +364,37 @@ impl Drop for Running {
         self.0.running.fetch_sub(1, Ordering::AcqRel);
         self.0.idle.notify_waiters();
     }
+}
+
+/// Makes a whole sandbox and lets it go, in a leaf that may do nothing. Where that cannot be had no action could run, and
+/// a gate that says so at its start is better than one whose every call fails.
+async fn try_sandbox(cgroups: &CgroupTree, runner: &Runner) -> Result<(), StartError> {
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    let limits = Limits {
+        memory_bytes: 256 << 20,
+        timeout: TIMEOUT,
+        stdout_bytes: 1 << 20,
+        stderr_bytes: 1 << 16,
+        processes: 8,
+        scratch_bytes: 1 << 20,
+    };
+    let job = Job { program: Program::HttpWorker, stdin: Vec::new(), limits, network: Network::Shared, trust_pem: None };
+    let leaf = cgroups.leaf().map_err(part("cgroups"))?;
+    let tried = runner.run(&leaf, job, std::future::pending()).await;
+    let _ = leaf.remove();
+    let message = match tried {
+        // It was given nothing to do, and says so in its own way.
+        Ok(Completed { exit: Exit::Code(_), .. }) => return Ok(()),
+        Ok(Completed { exit, .. }) => format!("a sandbox ended as {exit:?}"),
+        Err(error) => error.to_string(),
+    };
+    Err(StartError {
+        part: "sandbox",
+        message: format!(
+            "{message}. Executions need namespaces of their own: user.max_user_namespaces must not be 0, and a container \
+             needs a seccomp profile that permits them (deploy/seccomp/latchgate.json)"
+        ),
+    })
 }
 
 fn load_registry(config: &Config) -> Result<Registry, StartError> {
