@@ -37,6 +37,7 @@ lint: ## formatting, clippy, licences, Python
 	cargo fmt --all --check
 	cargo fmt --manifest-path egress-ebpf/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo xtask seccomp --check
 	$(CACHE)/tools/bin/cargo-deny --log-level error check bans licenses sources
 	$(CACHE)/lint/bin/ruff check --quiet demo tests
 	$(CACHE)/lint/bin/ruff format --quiet --check demo tests

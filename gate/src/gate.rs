@@ -28,7 +28,7 @@ use crate::egress::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey
 use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
-use crate::sandbox::{CgroupTree, Completed, Exit, Job, Limits, Network, Program, Runner, RunnerConfig};
+use crate::sandbox::{CgroupTree, Job, Limits, Network, Program, Root, Runner, RunnerConfig, SandboxError};
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
 use crate::time::Timestamp;
@@ -378,14 +378,20 @@ async fn try_sandbox(cgroups: &CgroupTree, runner: &Runner) -> Result<(), StartE
         processes: 8,
         scratch_bytes: 1 << 20,
     };
-    let job = Job { program: Program::HttpWorker, stdin: Vec::new(), limits, network: Network::Shared, trust_pem: None };
+    // Everything is made, up to a program that is not there.
+    let program = Program::Command {
+        argv: vec!["/.sealed/nothing".to_owned()],
+        env: Vec::new(),
+        files: Vec::new(),
+        root: Root::Host,
+    };
+    let job = Job { program, stdin: Vec::new(), limits, network: Network::Shared, trust_pem: None };
     let leaf = cgroups.leaf().map_err(part("cgroups"))?;
     let tried = runner.run(&leaf, job, std::future::pending()).await;
     let _ = leaf.remove();
     let message = match tried {
-        // It was given nothing to do, and says so in its own way.
-        Ok(Completed { exit: Exit::Code(_), .. }) => return Ok(()),
-        Ok(Completed { exit, .. }) => format!("a sandbox ended as {exit:?}"),
+        Err(SandboxError::Exec { source }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Ok(completed) => format!("a sandbox with nothing in it ended as {:?}", completed.exit),
         Err(error) => error.to_string(),
     };
     Err(StartError {
