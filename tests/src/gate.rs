@@ -29,6 +29,8 @@ pub struct Setup {
     pub name: String,
     pub directory: PathBuf,
     config: String,
+    /// What starts the gate, where that is not its binary by itself.
+    launcher: Option<Vec<String>>,
 }
 
 impl Setup {
@@ -44,7 +46,7 @@ impl Setup {
              [[listeners]]\nname = \"agent\"\npath = \"{dir}/agent/gate.sock\"\nprincipal = \"tester\"\n\n"
         );
         fs::create_dir(directory.join("manifests")).unwrap();
-        Self { name: unique, directory, config }
+        Self { name: unique, directory, config, launcher: None }
     }
 
     /// Appends to the configuration; `{dir}` stands for the directory.
@@ -97,6 +99,27 @@ impl Setup {
         self.manifest(id, &yaml)
     }
 
+    /// Has the gate started by this whole command, which must stay while the gate runs and hand its signals on.
+    pub fn launched_by(mut self, command: Vec<String>) -> Self {
+        self.launcher = Some(command);
+        self
+    }
+
+    fn serve(&self) -> Command {
+        match self.launcher.as_deref() {
+            Some([program, arguments @ ..]) => {
+                let mut command = Command::new(program);
+                command.args(arguments);
+                command
+            }
+            _ => {
+                let mut command = Command::new(binary());
+                command.arg("serve").arg("--config").arg(self.config_file());
+                command
+            }
+        }
+    }
+
     pub fn config_file(&self) -> PathBuf {
         self.directory.join("latchgate.toml")
     }
@@ -112,7 +135,7 @@ impl Setup {
     /// Starts a gate that must refuse to: its exit code and what it said.
     pub fn refuse(self) -> (i32, String) {
         fs::write(self.config_file(), &self.config).unwrap();
-        let output = Command::new(binary()).arg("serve").arg("--config").arg(self.config_file()).output().unwrap();
+        let output = self.serve().output().unwrap();
         let _ = fs::remove_dir_all(&self.directory);
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
     }
@@ -131,10 +154,9 @@ impl Gate {
     /// Starts it (again), and waits for `ready`.
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "it runs already");
-        let mut child = Command::new(binary())
-            .arg("serve")
-            .arg("--config")
-            .arg(self.setup.config_file())
+        let mut child = self
+            .setup
+            .serve()
             .env("LATCHGATE_LOG", std::env::var("LATCHGATE_LOG").unwrap_or_else(|_| "info".to_owned()))
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
@@ -212,6 +234,11 @@ impl Gate {
         let mut process = self.process.take().unwrap();
         process.kill().unwrap();
         process.wait().unwrap();
+    }
+
+    /// Waits for a process that somebody else has ended.
+    pub fn ended(&mut self) {
+        self.process.take().unwrap().wait().unwrap();
     }
 
     /// SIGTERM, and waits for the drain.
