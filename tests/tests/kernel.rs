@@ -13,6 +13,8 @@ mod carry;
 mod closing;
 #[path = "kernel/dns.rs"]
 mod dns;
+#[path = "kernel/multi.rs"]
+mod multi;
 #[path = "kernel/tree.rs"]
 mod tree;
 

@@ -58,8 +58,8 @@ fn an_allowed_call_reaches_its_origin_and_another_is_refused_in_the_kernel_with_
     let (got, evidence) = inside(&agent, "allowed", FETCH, &json!({"url": url}));
     assert_eq!(got, json!({"status": 200, "body": "hello"}));
     assert_eq!(scene.origin.requests().len(), 2);
-    let flows = &evidence["evidence"][0]["flows"];
-    assert_eq!(flows[0]["name"], NAME, "{evidence}");
+    let evidence = &evidence["egress_evidence"];
+    assert_eq!((&evidence[0]["agreement"], &evidence[1]["name"]), (&json!("equal"), &json!(NAME)), "{evidence}");
 
     // From outside a leaf, on the pod's network, the same address is reached: the refusal is the gate's.
     let reached = scene.pod.inside(|| std::net::TcpStream::connect(scene.origin.address).is_ok());
@@ -67,7 +67,7 @@ fn an_allowed_call_reaches_its_origin_and_another_is_refused_in_the_kernel_with_
     for action in ["python", "allowed"] {
         let (got, evidence) = inside(&agent, action, CONNECT, &json!({"host": "127.0.0.1", "port": port}));
         assert_eq!(got, json!({"errno": "EPERM"}), "{action}");
-        let denied = &evidence["evidence"][0]["kernel"]["denied"];
+        let denied = &evidence["egress_evidence"][0]["kernel"]["denied"];
         assert_eq!(denied["connect4"], 1, "{evidence}");
     }
     assert_eq!(scene.origin.requests().len(), 2);
@@ -121,13 +121,17 @@ fn an_agent_in_its_own_container_uses_the_published_client() {
     let scene = scene("pod-agent");
     let sockets = scene.gate.directory().join("agent");
     let venv = python.parent().unwrap().parent().unwrap();
+    // A virtual environment is links to the interpreter that it was made of.
+    let base = std::process::Command::new(&python).args(["-c", "import sys; print(sys.base_prefix, end='')"]).output();
+    let base = PathBuf::from(String::from_utf8(base.unwrap().stdout).unwrap());
     let container = Container::agent(&sockets).showing(venv);
+    let container = if base.starts_with("/usr") { container } else { container.showing(&base) };
     let script = format!(
         r#"
 import asyncio, os
 from latchgate import LatchGateClient
 async def main():
-    async with LatchGateClient("unix://{socket}") as client:
+    async with LatchGateClient(socket="{socket}", public_base_url="http://localhost:3000", agent_id="tester") as client:
         answer = await client.execute("fetch", {{"url": "{url}"}})
         assert answer.output["data"]["body"] == "hello", answer.output
         print("answered", answer.receipt_id)
