@@ -275,11 +275,21 @@ impl Pod {
 
     /// The setup whose gate runs in this container, called `id`.
     pub fn contain(&self, setup: Setup, id: &str, container: &Container) -> Setup {
-        let serve = [binary().display().to_string(), "serve".to_owned(), "--config".to_owned()];
-        let file = setup.config_file().display().to_string();
-        let command = self.prepare(id, container, &[serve.as_slice(), &[file]].concat());
+        let command = self.prepare(id, container, &serve(&setup));
         setup.launched_by(command)
     }
+
+    /// The same, with a shell as the container's first process that starts the gate again whenever it ends.
+    pub fn contain_restarting(&self, setup: Setup, id: &str, container: &Container) -> Setup {
+        let shell = ["sh", "-c", "trap 'exit 0' TERM; while :; do \"$@\" & wait $!; done", "sh"].map(str::to_owned);
+        let command = self.prepare(id, container, &[&shell, serve(&setup).as_slice()].concat());
+        setup.launched_by(command)
+    }
+}
+
+fn serve(setup: &Setup) -> Vec<String> {
+    let (binary, file) = (binary().display().to_string(), setup.config_file().display().to_string());
+    vec![binary, "serve".to_owned(), "--config".to_owned(), file]
 }
 
 impl Drop for Pod {

@@ -54,11 +54,15 @@ fn setup(name: &str, origin: Option<(&Origin, &Authority)>) -> Setup {
 }
 
 fn scene(name: &str) -> Scene {
+    scene_with(name, Pod::contain)
+}
+
+fn scene_with(name: &str, contain: impl FnOnce(&Pod, Setup, &str, &Container) -> Setup) -> Scene {
     let authority = Authority::default();
     let pod = Pod::new(name);
     let origin = pod.inside(|| Origin::tls(&authority, &[NAME], LOOPBACK, "hello"));
     let setup = setup(name, Some((&origin, &authority)));
     let container = Container::gate(&setup.directory);
-    let gate = pod.contain(setup, "gate", &container).start();
+    let gate = contain(&pod, setup, "gate", &container).start();
     Scene { gate, pod, origin }
 }

@@ -1,15 +1,52 @@
 //! The gate's container is killed, and another takes its place.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use latchgate_tests::agent::Agent;
-use latchgate_tests::bundle::missing;
+use latchgate_tests::bundle::{Pod, missing};
 use latchgate_tests::http::Connection;
 use latchgate_tests::inside::{directories, inside, processes, send, uid_of, verified, wait};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use super::scene;
+use super::{Scene, scene, scene_with};
+
+/// An execution that runs for long: its processes, and the cgroup directory of its gate's executions.
+fn begin(scene: &Scene, connection: &mut Connection) -> (Vec<u32>, PathBuf) {
+    let agent = Agent::connect(&scene.gate.agent());
+    send(connection, &agent, "slow", &json!({})).unwrap();
+    let actions = scene.pod.cgroup("gate").join("latchgate").join(scene.gate.name()).join("actions");
+    let running = wait("the action", Duration::from_secs(10), || {
+        let pids = processes(&directories(&actions).into_iter().next()?);
+        (pids.len() >= 3).then_some(pids)
+    });
+    (running, actions)
+}
+
+fn inode(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().ino()
+}
+
+fn kill(pid: u32) {
+    kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL).unwrap();
+}
+
+fn all_end(running: &[u32]) {
+    for pid in running {
+        wait("the execution's end", Duration::from_secs(5), || uid_of(*pid).is_none().then_some(()));
+    }
+}
+
+/// A new execution is held as one of the first gate was, and the ledger is whole.
+fn holds(scene: &Scene) {
+    let agent = Agent::connect(&scene.gate.agent());
+    let code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', p['port']), 5)\n    print('1')\nexcept PermissionError:\n    print('0')";
+    let (reached, _) = inside(&agent, "python", code, &json!({"port": scene.origin.address.port()}));
+    assert_eq!(reached, 0);
+    verified(&scene.gate);
+}
 
 #[test]
 fn a_killed_gate_takes_its_executions_with_it_and_the_next_adopts_nothing() {
@@ -17,34 +54,37 @@ fn a_killed_gate_takes_its_executions_with_it_and_the_next_adopts_nothing() {
         return;
     }
     let mut scene = scene("pod-crash");
-    let agent = Agent::connect(&scene.gate.agent());
     let mut connection = Connection::open(&scene.gate.agent()).unwrap();
-    send(&mut connection, &agent, "slow", &json!({})).unwrap();
-    let cgroup = scene.pod.cgroup("gate");
-    let actions = cgroup.join("latchgate").join(scene.gate.name()).join("actions");
-    let running = wait("the action", Duration::from_secs(10), || {
-        let pids = processes(&directories(&actions).into_iter().next()?);
-        (pids.len() >= 3).then_some(pids)
-    });
-    let before = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&actions).unwrap());
-
-    let pid = Pid::from_raw(i32::try_from(scene.pod.pid("gate")).unwrap()).unwrap();
-    kill_process(pid, Signal::KILL).unwrap();
+    let (running, actions) = begin(&scene, &mut connection);
+    let before = inode(&actions);
+    kill(scene.pod.pid("gate"));
     // runc goes when its container has.
     scene.gate.ended();
-    for pid in running {
-        wait("the execution's end", Duration::from_secs(5), || uid_of(pid).is_none().then_some(()));
-    }
-    assert!(!cgroup.exists(), "the container's cgroup is left");
+    all_end(&running);
+    assert!(!scene.pod.cgroup("gate").exists(), "the container's cgroup is left");
 
     scene.gate.start();
-    let after = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&actions).unwrap());
-    assert_ne!(before, after);
-    let agent = Agent::connect(&scene.gate.agent());
-    let code = "import socket\ntry:\n    socket.create_connection(('127.0.0.1', p['port']), 5)\n    print('1')\nexcept PermissionError:\n    print('0')";
-    let (reached, _) = inside(&agent, "python", code, &json!({"port": scene.origin.address.port()}));
-    assert_eq!(reached, 0);
-    // What the killed one had begun is closed with a receipt that says that its outcome is not known.
-    let report = verified(&scene.gate);
-    assert_eq!(report["intact"], true);
+    assert_ne!(before, inode(&actions));
+    holds(&scene);
+}
+
+#[test]
+fn a_gate_that_is_started_again_in_the_same_container_has_cgroups_of_its_own() {
+    if missing() {
+        return;
+    }
+    let scene = scene_with("pod-again", Pod::contain_restarting);
+    let mut connection = Connection::open(&scene.gate.agent()).unwrap();
+    let (running, actions) = begin(&scene, &mut connection);
+    let before = (inode(&actions), inode(&actions.parent().unwrap().join("gate")));
+    let pids = processes(&actions.parent().unwrap().join("gate"));
+    assert_eq!(pids.len(), 1, "{pids:?}");
+    kill(pids[0]);
+    all_end(&running);
+    wait("the second start", Duration::from_secs(20), || {
+        (scene.gate.log_text().lines().filter(|line| line.contains(" ready")).count() == 2).then_some(())
+    });
+    let after = (inode(&actions), inode(&actions.parent().unwrap().join("gate")));
+    assert!(before.0 != after.0 && before.1 != after.1, "{before:?} {after:?}");
+    holds(&scene);
 }
