@@ -37,10 +37,11 @@ fn setup(name: &str, origin: Option<(&Origin, &Authority)>) -> Setup {
     fs::create_dir(&sockets).unwrap();
     fs::set_permissions(&sockets, fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(&setup.directory, fs::Permissions::from_mode(0o755)).unwrap();
-    let setup = setup
-        .config("mode = \"0666\"\n")
-        .roomy_command("python", &python(), "{profile: none}", 1024)
-        .command("slow", "sleep 300 & sleep 300", "{profile: none}");
+    let setup = setup.config("mode = \"0666\"\n").roomy_command("python", &python(), "{profile: none}", 1024).command(
+        "slow",
+        "sleep 300 & sleep 300",
+        "{profile: none}",
+    );
     let Some((origin, authority)) = origin else { return setup };
     fs::write(setup.directory.join("ca.pem"), &authority.pem).unwrap();
     let port = origin.address.port();

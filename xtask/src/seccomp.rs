@@ -64,7 +64,8 @@ fn profile(list: &str) -> Result<Value, String> {
     }
     let argument = |value: u64, other: u64, operator: &str| json!([{"index": 0, "value": value, "valueTwo": other, "op": operator}]);
     let allow = |names: &[&str]| json!({"names": names, "action": "SCMP_ACT_ALLOW"});
-    let bounded = |name: &str, arguments: Value| json!({"names": [name], "action": "SCMP_ACT_ALLOW", "args": arguments});
+    let bounded =
+        |name: &str, arguments: Value| json!({"names": [name], "action": "SCMP_ACT_ALLOW", "args": arguments});
     let mut calls = vec![
         allow(&default),
         bounded("clone", argument(CLONE_NAMESPACES, 0, "SCMP_CMP_MASKED_EQ")),

@@ -1,6 +1,9 @@
 //! What the container must be given: each thing is taken away, and the gate says which it was and does not start.
 
+use latchgate_tests::agent::Agent;
 use latchgate_tests::bundle::{CAPABILITIES, Container, Pod, extra_calls, missing, seccomp_without};
+use latchgate_tests::inside::inside;
+use serde_json::json;
 
 use super::setup;
 
@@ -58,4 +61,27 @@ fn under_the_runtime_s_own_profile_nothing_starts_and_the_profile_is_named() {
     assert!(said.contains("no leaf can be made") && said.contains("seccomp profile"), "{said}");
     let said = refusal(&pod, "pinned", "[egress]\nattach = \"pinned\"\n", |container| container);
     assert!(said.contains("bpffs"), "{said}");
+}
+
+#[test]
+fn a_cgroup_that_is_named_or_not_even_mounted_is_found() {
+    if missing() {
+        return;
+    }
+    let pod = Pod::new("found");
+    for (id, config, mounted) in [
+        ("named", "[sandbox]\ncgroup = \"/sys/fs/cgroup\"\n", true),
+        ("unmounted", "", false),
+        ("multi", "[egress]\nattach = \"multi\"\n", true),
+    ] {
+        let setup = setup(&format!("found-{id}"), None).config(config);
+        let container = Container { cgroup_mount: mounted, ..Container::gate(&setup.directory) };
+        let gate = pod.contain(setup, id, &container).start();
+        let agent = Agent::connect(&gate.agent());
+        let code = "print(json.dumps(7))";
+        assert_eq!(inside(&agent, "python", code, &json!({})).0, 7, "{id}");
+    }
+    // Another cgroup than that of the gate cannot be had through a mount of its own.
+    let said = refusal(&pod, "absent", "[sandbox]\ncgroup = \"/sys/fs/cgroup/other\"\n", |container| container);
+    assert!(said.contains("/sys/fs/cgroup/other"), "{said}");
 }

@@ -99,9 +99,8 @@ impl Attached {
             Self::Pinned(pins) => {
                 let id = pins::cgroup_id(cgroup).map_err(failed("the cgroup's id"))?;
                 let link = link().map_err(|source| KernelError::Program { program: name, source })?;
-                let link: PinnedLink = link
-                    .pin(pins.path(name))
-                    .map_err(|source| KernelError::Pin { name: name.to_owned(), source })?;
+                let link: PinnedLink =
+                    link.pin(pins.path(name)).map_err(|source| KernelError::Pin { name: name.to_owned(), source })?;
                 pins.add_link(name, id, link);
             }
             Self::Multi(held) => {

@@ -88,11 +88,7 @@ fn mount() -> Result<OwnedFd, (u8, Errno)> {
     rustix::fs::openat(&mount, c".", flags, Mode::empty()).map_err(|errno| (4, errno))
 }
 
-fn send(
-    channel: BorrowedFd<'_>,
-    message: [u8; MESSAGE_BYTES],
-    directory: Option<BorrowedFd<'_>>,
-) -> Result<(), Errno> {
+fn send(channel: BorrowedFd<'_>, message: [u8; MESSAGE_BYTES], directory: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let rights = directory.map(|directory| [directory]);
@@ -122,11 +118,15 @@ fn receive(channel: &OwnedFd) -> Result<OwnedFd, NoView> {
         }
     }
     let [step, a, b, c, d] = message;
-    match (got.bytes, step.checked_sub(1).and_then(|step| STEPS.get(usize::from(step))), directory) {
-        (MESSAGE_BYTES, Some(step), _) => {
-            Err(NoView { step, source: io::Error::from_raw_os_error(i32::from_le_bytes([a, b, c, d])) })
-        }
-        (MESSAGE_BYTES, None, Some(directory)) => Ok(directory),
+    match (got.bytes, step, directory) {
+        (MESSAGE_BYTES, 0, Some(directory)) => Ok(directory),
+        (MESSAGE_BYTES, step, _) => match step.checked_sub(1).and_then(|index| STEPS.get(usize::from(index))) {
+            Some(step) => Err(NoView { step, source: io::Error::from_raw_os_error(i32::from_le_bytes([a, b, c, d])) }),
+            None => Err(ended(io::ErrorKind::InvalidData.into())),
+        },
         _ => Err(ended(io::ErrorKind::UnexpectedEof.into())),
     }
 }
+
+#[cfg(test)]
+mod tests;
