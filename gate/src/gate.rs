@@ -20,7 +20,7 @@ use crate::auth::operator::{Operator, Operators};
 use crate::config::{Config, NetworkMode};
 use crate::egress::address::AllowAddresses;
 use crate::egress::flows::Flows;
-use crate::egress::kernel::{self, Enforcer, KernelConfig};
+use crate::egress::kernel::{self, AttachMode, Enforcer, KernelConfig};
 use crate::egress::names::{self, DnsServer, Reach, ReachError, Slots};
 use crate::egress::proxy::{self, Proxy, ProxyConfig};
 use crate::egress::refusals::Refusals;
@@ -173,7 +173,12 @@ impl Gate {
             tracing::warn!(receipt_id = orphan.receipt.receipt_id(), "closed an execution that a dead gate left open");
         }
 
-        let cgroups = CgroupTree::open(config.sandbox.cgroup.as_deref(), &config.instance).map_err(part("cgroups"))?;
+        let attach = AttachMode::choose(&config.egress.bpffs, config.egress.attach).map_err(part("kernel program"))?;
+        let cgroups = match attach {
+            AttachMode::Pinned => CgroupTree::open(config.sandbox.cgroup.as_deref(), &config.instance),
+            AttachMode::Multi => CgroupTree::open_unpinned(config.sandbox.cgroup.as_deref(), &config.instance),
+        }
+        .map_err(part("cgroups"))?;
         let runner = Runner::new(RunnerConfig {
             uid_base: config.sandbox.uid_base,
             uid_count: config.sandbox.uid_count,
@@ -202,8 +207,7 @@ impl Gate {
             proxy: kernel::ProxyAddresses { v4: addresses.v4, v6: addresses.v6 },
             resolver: Some(resolver),
         };
-        let attach = config.egress.attach;
-        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start_as(kernel_config, attach))
+        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start_as(kernel_config, Some(attach)))
             .await
             .map_err(part("kernel program"))?
             .map_err(part("kernel program"))?;

@@ -58,7 +58,7 @@ pub use attached::AttachMode;
 pub use counts::{Denied, KernelCounts};
 pub use events::KernelEvent;
 
-use attached::{Attached, Place};
+use attached::Attached;
 use heartbeat::Heartbeat;
 use queries::Queries;
 use reach::Reach;
@@ -234,11 +234,11 @@ impl Enforcer {
             resolver.check()?;
         }
         let lock = pins::lock(&config)?;
-        let place = Place::find(&config, attach)?;
+        let mode = AttachMode::choose(&config.bpffs, attach)?;
         let generation = pins::new_generation()?;
         let loaded = load::with_two_capabilities({
             let config = config.clone();
-            move || load::load(&config, place, generation)
+            move || load::load(&config, mode, generation)
         })?;
         let heartbeat = Heartbeat::start(loaded.heartbeat, loaded.control)?;
         let events = events::Reader::start(loaded.events)?;

@@ -21,6 +21,9 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 
 const POLL: Duration = Duration::from_micros(500);
 
+/// An empty cgroup that says, over a crash, that the last gate attached its program without pins.
+const UNPINNED: &str = "unpinned";
+
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     #[error("no cgroup v2 hierarchy is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")]
@@ -64,6 +67,16 @@ impl CgroupTree {
     /// this process into `gate` and clears out what a dead predecessor of the same instance left in `actions`. Where the
     /// hierarchy is shown read-only, as in a container, a helper has it mounted for itself and hands over the directory.
     pub fn open(root: Option<&Path>, instance: &str) -> Result<Self, CgroupError> {
+        Self::open_for(root, instance, true)
+    }
+
+    /// The same for a kernel program that is attached without pins. What was attached so cannot be found and taken off
+    /// again by another process, and would refuse everything: `actions` and `gate` are made anew, and it goes with the old.
+    pub fn open_unpinned(root: Option<&Path>, instance: &str) -> Result<Self, CgroupError> {
+        Self::open_for(root, instance, false)
+    }
+
+    fn open_for(root: Option<&Path>, instance: &str, pinned: bool) -> Result<Self, CgroupError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if instance.is_empty() || instance.len() > 64 || instance.starts_with('.') || !instance.chars().all(plain) {
             return Err(CgroupError::Instance(instance.to_owned()));
@@ -77,11 +90,21 @@ impl CgroupTree {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(own.shown().to_owned())),
             Err(error) => return Err(io_error(own.shown(), "lock")(error.into())),
         }
-        // What a dead predecessor attached to its cgroups without a pin goes with them. The kernel program that is
-        // attached to the new ones is the first thing that they meet: nothing runs there before.
-        remove_tree(&own, "actions")?;
-        // Kept while something is in it: this process, when a gate started it.
-        let _ = own.remove("gate");
+        let was_unpinned = own.has(UNPINNED);
+        if pinned && !was_unpinned {
+            let actions = own.make("actions")?;
+            for leaf in actions.children()? {
+                remove_tree(&actions, &leaf)?;
+            }
+        } else {
+            own.make(UNPINNED)?;
+            remove_tree(&own, "actions")?;
+            // Kept while something is in it: this process, when a gate started it.
+            let _ = own.remove("gate");
+        }
+        if pinned && was_unpinned {
+            own.remove(UNPINNED)?;
+        }
         let (gate, actions) = (own.make("gate")?, own.make("actions")?);
         gate.write("cgroup.procs", "0")?;
         for directory in [&base, &shared, &own, &actions] {

@@ -7,12 +7,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::Path;
 
 use aya::programs::links::{FdLink, PinnedLink};
 
 use super::pins::Pins;
-use super::{KernelError, pins, sys};
+use super::{KernelConfig, KernelError, pins, sys};
 
 /// How the programs are attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
@@ -25,6 +25,24 @@ pub enum AttachMode {
 }
 
 impl AttachMode {
+    /// What was asked for; if nothing was, pins where `bpffs` is a bpffs or one can be mounted there, which is then done.
+    ///
+    /// # Errors
+    /// [`KernelError::NoBpffs`] only where [`AttachMode::Pinned`] is asked for.
+    pub fn choose(bpffs: &Path, wanted: Option<Self>) -> Result<Self, KernelError> {
+        if wanted == Some(Self::Multi) {
+            return Ok(Self::Multi);
+        }
+        match (wanted, pins::bpffs(bpffs)) {
+            (_, Ok(())) => Ok(Self::Pinned),
+            (Some(_), Err(error)) => Err(error),
+            (None, Err(error)) => {
+                tracing::info!(reason = %error, "the kernel program is attached without pins");
+                Ok(Self::Multi)
+            }
+        }
+    }
+
     /// As the configuration has it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -72,10 +90,10 @@ pub struct Held {
 }
 
 impl Attached {
-    pub fn make(place: Place, generation: u64) -> Result<Self, KernelError> {
-        match place {
-            Place::Bpffs(instance) => Ok(Self::Pinned(Pins::make(instance, generation)?)),
-            Place::Cgroup => Ok(Self::Multi(Vec::new())),
+    pub fn make(mode: AttachMode, config: &KernelConfig, generation: u64) -> Result<Self, KernelError> {
+        match mode {
+            AttachMode::Pinned => Ok(Self::Pinned(Pins::make(pins::directory(config), generation)?)),
+            AttachMode::Multi => Ok(Self::Multi(Vec::new())),
         }
     }
 
@@ -146,32 +164,6 @@ impl Held {
         let attached = sys::attached_programs(&self.cgroup, self.point);
         let attached = attached.map_err(KernelError::io(format!("{}: what is attached", self.name)))?;
         if attached.contains(&self.id) { Ok(()) } else { Err(KernelError::Detached(self.name.to_owned())) }
-    }
-}
-
-/// Where this run's attachments will be kept.
-pub enum Place {
-    /// Pinned below this directory of a bpffs.
-    Bpffs(PathBuf),
-    /// In the cgroups themselves.
-    Cgroup,
-}
-
-impl Place {
-    /// What was asked for; if nothing was, pins where a bpffs is or can be mounted.
-    pub fn find(config: &super::KernelConfig, wanted: Option<AttachMode>) -> Result<Self, KernelError> {
-        match wanted {
-            Some(AttachMode::Multi) => Ok(Self::Cgroup),
-            Some(AttachMode::Pinned) => pins::bpffs(config).map(Self::Bpffs),
-            None => match pins::bpffs(config) {
-                Err(KernelError::NoBpffs { path, source }) => {
-                    let path = path.display();
-                    tracing::info!(%path, reason = %source, "no bpffs: the kernel program is attached without pins");
-                    Ok(Self::Cgroup)
-                }
-                found => found.map(Self::Bpffs),
-            },
-        }
     }
 }
 

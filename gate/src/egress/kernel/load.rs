@@ -12,7 +12,7 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use latchgate_egress_types as types;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-use super::attached::{self, Attached, Place};
+use super::attached::{self, AttachMode, Attached};
 use super::reach::Reach;
 use super::{KernelConfig, KernelError, OBJECT, address, pins, pod, probe, queries, sys};
 
@@ -57,7 +57,7 @@ fn reduce() -> Result<(), KernelError> {
     set_capabilities(None, sets).map_err(failed)
 }
 
-pub fn load(config: &KernelConfig, place: Place, generation: u64) -> Result<Loaded, KernelError> {
+pub fn load(config: &KernelConfig, mode: AttachMode, generation: u64) -> Result<Loaded, KernelError> {
     let actions = pins::cgroup(&config.actions)?;
     let gate = pins::cgroup(&config.gate)?;
     // Nothing in the program is relocated against the running kernel's types. The verifier is asked for its log only when
@@ -78,7 +78,7 @@ pub fn load(config: &KernelConfig, place: Place, generation: u64) -> Result<Load
     heartbeat.set(0, sys::boottime_ns(), 0).map_err(refused("HEARTBEAT"))?;
     control.set(0, pod::Control(control_of(config, generation, level)), 0).map_err(refused("CONTROL"))?;
 
-    let mut attached = Attached::make(place, generation)?;
+    let mut attached = Attached::make(mode, config, generation)?;
     let mut attaching = Attaching { attached: &mut attached, ebpf: &mut ebpf };
     for name in ["connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6"]
     {
