@@ -8,10 +8,11 @@ use latchgate_tests::agent::Agent;
 use latchgate_tests::bundle::{Pod, missing};
 use latchgate_tests::http::Connection;
 use latchgate_tests::inside::{directories, inside, processes, send, uid_of, verified, wait};
+use latchgate_tests::origin::{Authority, Origin};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use super::{Scene, scene, scene_with};
+use super::{LOOPBACK, NAME, Scene, scene, scene_with, setup};
 
 /// An execution that runs for long: its processes, and the cgroup directory of its gate's executions.
 fn begin(scene: &Scene, connection: &mut Connection) -> (Vec<u32>, PathBuf) {
@@ -87,4 +88,25 @@ fn a_gate_that_is_started_again_in_the_same_container_has_cgroups_of_its_own() {
     let after = (inode(&actions), inode(&actions.parent().unwrap().join("gate")));
     assert!(before.0 != after.0 && before.1 != after.1, "{before:?} {after:?}");
     holds(&scene);
+}
+
+/// Not in a container: both ways of attaching are there to be had.
+#[test]
+fn a_gate_that_pins_is_not_held_by_one_that_did_not_nor_the_other_way_round() {
+    let authority = Authority::default();
+    let origin = Origin::tls(&authority, &[NAME], LOOPBACK, "hello");
+    let mut gate = setup("attach", Some((&origin, &authority))).start();
+    let file = gate.directory().join("latchgate.toml");
+    let written = std::fs::read_to_string(&file).unwrap();
+    for attach in ["multi", "multi", "pinned", "pinned", "multi"] {
+        gate.kill();
+        let config = written.replace("[egress]\n", &format!("[egress]\nattach = \"{attach}\"\n"));
+        std::fs::write(&file, config).unwrap();
+        gate.start();
+        let agent = Agent::connect(&gate.agent());
+        let url = format!("https://{NAME}:{}/", origin.address.port());
+        let response = agent.execute("fetch", &json!({"url": url}));
+        assert_eq!(response.status, 200, "{attach}: {}", String::from_utf8_lossy(&response.body));
+    }
+    assert_eq!(origin.requests().len(), 5);
 }
