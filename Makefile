@@ -45,6 +45,7 @@ lint: ## formatting, clippy, licences, Python
 	cargo fmt --manifest-path egress-ebpf/Cargo.toml --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy --package latchgate --features test-guards -- -D warnings
+	cargo xtask seccomp --check
 	$(CACHE)/tools/bin/cargo-deny --log-level error check bans licenses sources
 	$(CACHE)/lint/bin/ruff check --quiet demo tests
 	$(CACHE)/lint/bin/ruff format --quiet --check demo tests

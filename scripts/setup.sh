@@ -26,6 +26,8 @@ if [ "$purpose" = test ]; then
     want ip iproute2
     want openssl openssl
     want setpriv util-linux
+    # Containers as a node makes them, without a registry or a daemon.
+    PATH=$PATH:/usr/sbin want runc runc
     # Sandboxes see the system's programs at their own paths, whatever else PATH has.
     [ -x /usr/bin/python3 ] || packages+=(python3)
     [ -x /usr/bin/curl ] || packages+=(curl)

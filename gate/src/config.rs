@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::egress::kernel::AttachMode;
+
 /// Variables that begin so set one key each: `LATCHGATE_CONFIG__EGRESS__CA_FILE=/etc/ca.pem`.
 pub const ENVIRONMENT_PREFIX: &str = "LATCHGATE_CONFIG__";
 
@@ -144,6 +146,9 @@ pub enum BudgetWindow {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Egress {
+    /// How the kernel program is attached: by links pinned in `bpffs`, or without pins. Pinned where a bpffs is there or
+    /// can be mounted, when absent.
+    pub attach: Option<AttachMode>,
     /// Where a bpffs is, or is to be mounted.
     pub bpffs: PathBuf,
     /// Root certificates for upstream TLS, in place of the system's.
@@ -293,6 +298,7 @@ impl Default for Auth {
 impl Default for Egress {
     fn default() -> Self {
         Self {
+            attach: None,
             bpffs: PathBuf::from("/sys/fs/bpf"),
             ca_file: None,
             hosts: BTreeMap::new(),

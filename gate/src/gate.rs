@@ -20,7 +20,7 @@ use crate::auth::operator::{Operator, Operators};
 use crate::config::{Config, NetworkMode};
 use crate::egress::address::AllowAddresses;
 use crate::egress::flows::Flows;
-use crate::egress::kernel::{self, Enforcer, KernelConfig};
+use crate::egress::kernel::{self, AttachMode, Enforcer, KernelConfig};
 use crate::egress::names::{self, DnsServer, Reach, ReachError, Slots};
 use crate::egress::proxy::{self, Proxy, ProxyConfig};
 use crate::egress::refusals::Refusals;
@@ -29,7 +29,7 @@ use crate::executions::Executions;
 use crate::ledger::{Ledger, LedgerConfig, ReceiptKeys, VerifyReport, verify::VerifyError};
 use crate::pipeline::budget::Budgets;
 use crate::policy::{self, embedded::Embedded};
-use crate::sandbox::{CgroupTree, Network, Runner, RunnerConfig};
+use crate::sandbox::{CgroupTree, Job, Limits, Network, Program, Root, Runner, RunnerConfig, SandboxError};
 use crate::selftest::Selftest;
 use crate::server::metrics::Metrics;
 use crate::store::sqlite::{Options, Store};
@@ -204,7 +204,12 @@ impl Gate {
             tracing::warn!(receipt_id = orphan.receipt.receipt_id(), "closed an execution that a dead gate left open");
         }
 
-        let cgroups = CgroupTree::open(config.sandbox.cgroup.as_deref(), &config.instance).map_err(part("cgroups"))?;
+        let attach = AttachMode::choose(&config.egress.bpffs, config.egress.attach).map_err(part("kernel program"))?;
+        let cgroups = match attach {
+            AttachMode::Pinned => CgroupTree::open(config.sandbox.cgroup.as_deref(), &config.instance),
+            AttachMode::Multi => CgroupTree::open_unpinned(config.sandbox.cgroup.as_deref(), &config.instance),
+        }
+        .map_err(part("cgroups"))?;
         let runner = Runner::new(RunnerConfig {
             uid_base: config.sandbox.uid_base,
             uid_count: config.sandbox.uid_count,
@@ -233,12 +238,13 @@ impl Gate {
             proxy: kernel::ProxyAddresses { v4: addresses.v4, v6: addresses.v6 },
             resolver: Some(resolver),
         };
-        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start(kernel_config))
+        let enforcer = tokio::task::spawn_blocking(move || Enforcer::start_as(kernel_config, Some(attach)))
             .await
             .map_err(part("kernel program"))?
             .map_err(part("kernel program"))?;
         let enforcer = Arc::new(enforcer);
         let _ = attribution.0.set(Arc::clone(&enforcer));
+        try_sandbox(&cgroups, &runner).await?;
         let flows = Flows::default();
         tokio::spawn(flows.clone().collect(proxy.flows()));
         tokio::spawn(flows.clone().collect(dns.flows()));
@@ -420,6 +426,43 @@ impl Drop for Running {
         self.0.running.fetch_sub(1, Ordering::AcqRel);
         self.0.idle.notify_waiters();
     }
+}
+
+/// Makes a whole sandbox and lets it go, in a leaf that may do nothing. Where that cannot be had no action could run, and
+/// a gate that says so at its start is better than one whose every call fails.
+async fn try_sandbox(cgroups: &CgroupTree, runner: &Runner) -> Result<(), StartError> {
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    let limits = Limits {
+        memory_bytes: 256 << 20,
+        timeout: TIMEOUT,
+        stdout_bytes: 1 << 20,
+        stderr_bytes: 1 << 16,
+        processes: 8,
+        scratch_bytes: 1 << 20,
+    };
+    // Everything is made, up to a program that is not there.
+    let program = Program::Command {
+        argv: vec!["/.sealed/nothing".to_owned()],
+        env: Vec::new(),
+        files: Vec::new(),
+        root: Root::Host,
+    };
+    let job = Job { program, stdin: Vec::new(), limits, network: Network::Shared, trust_pem: None };
+    let leaf = cgroups.leaf().map_err(part("cgroups"))?;
+    let tried = runner.run(&leaf, job, std::future::pending()).await;
+    let _ = leaf.remove();
+    let message = match tried {
+        Err(SandboxError::Exec { source }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Ok(completed) => format!("a sandbox with nothing in it ended as {:?}", completed.exit),
+        Err(error) => error.to_string(),
+    };
+    Err(StartError {
+        part: "sandbox",
+        message: format!(
+            "{message}. Executions need namespaces of their own: user.max_user_namespaces must not be 0, and a container \
+             needs a seccomp profile that permits them (deploy/seccomp/latchgate.json)"
+        ),
+    })
 }
 
 fn load_registry(config: &Config) -> Result<Registry, StartError> {

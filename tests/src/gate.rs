@@ -45,6 +45,8 @@ pub struct Setup {
     before: Option<String>,
     /// What executes the gate.
     through: Vec<String>,
+    /// What starts the gate, where that is not its binary by itself.
+    launcher: Option<Vec<String>>,
 }
 
 impl Setup {
@@ -68,6 +70,7 @@ impl Setup {
             selftest: false,
             before: None,
             through: Vec::new(),
+            launcher: None,
         }
     }
 
@@ -90,6 +93,11 @@ impl Setup {
     }
 
     fn serve(&self) -> Command {
+        if let Some([program, arguments @ ..]) = self.launcher.as_deref() {
+            let mut command = Command::new(program);
+            command.args(arguments);
+            return command;
+        }
         let binary = if self.guards_off.is_empty() { binary() } else { unguarded_binary() };
         let mut command = match (&self.before, self.through.split_first()) {
             (None, None) => Command::new(binary),
@@ -169,6 +177,12 @@ impl Setup {
              resource_limits: {{memory_mb: 256, timeout_seconds: 20}}\negress: {egress}\nrisk_level: low\nverifier_kind: http_status\n"
         );
         self.manifest(id, &yaml)
+    }
+
+    /// Has the gate started by this whole command, which must stay while the gate runs and hand its signals on.
+    pub fn launched_by(mut self, command: Vec<String>) -> Self {
+        self.launcher = Some(command);
+        self
     }
 
     pub fn config_file(&self) -> PathBuf {
@@ -285,6 +299,11 @@ impl Gate {
         let mut process = self.process.take().unwrap();
         process.kill().unwrap();
         process.wait().unwrap();
+    }
+
+    /// Waits for a process that somebody else has ended.
+    pub fn ended(&mut self) {
+        self.process.take().unwrap().wait().unwrap();
     }
 
     /// SIGTERM, and waits for the drain.

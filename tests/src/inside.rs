@@ -259,7 +259,7 @@ pub(crate) fn clear(name: &str) {
     for leaf in directories(&tree.join("actions")) {
         let _ = fs::remove_dir(leaf);
     }
-    for part in ["actions", "gate", ""] {
+    for part in ["actions", "gate", "unpinned", ""] {
         let _ = fs::remove_dir(tree.join(part));
     }
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 pub mod agent;
+pub mod bundle;
 pub mod gate;
 pub mod http;
 pub mod inside;

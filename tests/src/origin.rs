@@ -97,12 +97,6 @@ impl Origin {
         Self::clear_at(SocketAddr::new(address, 0), response)
     }
 
-    /// In the clear, at this very port.
-    pub fn clear_at(address: SocketAddr, response: &str) -> Self {
-        let response = ok(response);
-        Self::start(None, address, Arc::new(move |_| response.clone()))
-    }
-
     /// In the clear, with an answer of its own for each request.
     pub fn clear_answering(address: IpAddr, answers: Answers) -> Self {
         Self::start(None, SocketAddr::new(address, 0), answers)

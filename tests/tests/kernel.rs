@@ -17,6 +17,8 @@ mod dns;
 mod figures;
 #[path = "kernel/inbound.rs"]
 mod inbound;
+#[path = "kernel/multi.rs"]
+mod multi;
 #[path = "kernel/tree.rs"]
 mod tree;
 

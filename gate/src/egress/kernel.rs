@@ -47,6 +47,7 @@ use tokio::sync::broadcast;
 use super::{Asker, Attribution, Caller, DatagramAttribution, DatagramKey, LeafId};
 
 mod address;
+mod attached;
 mod connections;
 mod counts;
 mod events;
@@ -62,12 +63,13 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
+pub use attached::AttachMode;
 pub use connections::{KernelConnection, KernelConnections};
 pub use counts::{Denied, KernelCounts};
 pub use events::KernelEvent;
-
 pub use sys::boottime_ns;
 
+use attached::Attached;
 use heartbeat::Heartbeat;
 use inbound::Inbound;
 use queries::Queries;
@@ -229,7 +231,7 @@ pub struct Enforcer {
     queries: Queries,
     generation: u64,
     program_hash: String,
-    pins: pins::Pins,
+    attached: Attached,
     // Dropped in this order: first the leaves are closed, then the reader of events ends, then another gate may start.
     heartbeat: Heartbeat,
     events: events::Reader,
@@ -240,20 +242,29 @@ impl Enforcer {
     /// Loads, attaches and pins the program, starts the heartbeat, and only then takes away what a dead predecessor of
     /// the same instance left: at no moment is `actions` without a program.
     pub fn start(config: KernelConfig) -> Result<Self, KernelError> {
+        Self::start_as(config, None)
+    }
+
+    /// The same, attached in the way that is given. `None`: by pinned links where there is a bpffs or one can be mounted,
+    /// else without pins.
+    ///
+    /// # Errors
+    /// [`KernelError::NoBpffs`] only where [`AttachMode::Pinned`] is asked for.
+    pub fn start_as(config: KernelConfig, attach: Option<AttachMode>) -> Result<Self, KernelError> {
         if let Some(resolver) = &config.resolver {
             resolver.check()?;
         }
         let lock = pins::lock(&config)?;
-        let bpffs = pins::bpffs(&config)?;
+        let mode = AttachMode::choose(&config.bpffs, attach)?;
         let generation = pins::new_generation()?;
         let loaded = load::with_two_capabilities({
             let config = config.clone();
-            move || load::load(&config, bpffs, generation)
+            move || load::load(&config, mode, generation)
         })?;
         let heartbeat = Heartbeat::start(loaded.heartbeat, loaded.control)?;
         let events = events::Reader::start(loaded.events)?;
         let queries = Queries::start(loaded.queries)?;
-        loaded.pins.sweep_predecessors()?;
+        loaded.attached.sweep_predecessors()?;
         Ok(Self {
             leaves: Mutex::new(loaded.leaves),
             counts: Mutex::new(loaded.counts),
@@ -264,7 +275,7 @@ impl Enforcer {
             queries,
             generation,
             program_hash: crate::hash::sha256_tagged(OBJECT),
-            pins: loaded.pins,
+            attached: loaded.attached,
             heartbeat,
             events,
             _lock: lock,
@@ -382,10 +393,15 @@ impl Enforcer {
         &self.program_hash
     }
 
-    /// Asks the kernel whether each link is attached still, and whether the heartbeat is alive.
+    /// How the programs are attached.
+    pub fn attach_mode(&self) -> AttachMode {
+        self.attached.mode()
+    }
+
+    /// Asks the kernel whether each program is attached still, and whether the heartbeat is alive.
     pub fn health(&self) -> Result<(), KernelError> {
         self.heartbeat.health()?;
-        self.pins.check()
+        self.attached.check()
     }
 
     /// Refusals from now on. A receiver that falls behind is told how many it lost; what the kernel itself could not
@@ -396,7 +412,7 @@ impl Enforcer {
 
     /// Detaches the program and removes the pins. Only for a tree that nothing runs in any more.
     pub fn detach(self) -> Result<(), KernelError> {
-        self.pins.remove()
+        self.attached.remove()
     }
 }
 

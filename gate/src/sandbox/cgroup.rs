@@ -1,9 +1,8 @@
 //! The gate's cgroups: itself in `gate/`, executions in leaves under `actions/`.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Seek};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,21 +10,31 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 
+use self::directory::Directory;
 use crate::egress::LeafId;
 use crate::guards::{self, Guard};
+
+mod directory;
+mod writable;
 
 /// How long a killed leaf may take to empty. A task in an uninterruptible sleep can exceed it.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 
 const POLL: Duration = Duration::from_micros(500);
 
-/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
-const CGROUP2_MAGIC: u64 = 0x6367_7270;
+/// An empty cgroup that says, over a crash, that the last gate attached its program without pins.
+const UNPINNED: &str = "unpinned";
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
     #[error("no cgroup v2 hierarchy is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup")]
     NoHierarchy,
+    /// Neither by its path nor through a mount of the gate's own.
+    #[error(
+        "no leaf can be made: {shown}; and {helper}. Give the gate a writable cgroup v2 directory, or let it make user, \
+         mount and cgroup namespaces (user.max_user_namespaces, the container's seccomp profile)"
+    )]
+    NotWritable { shown: String, helper: String },
     #[error("{} is not a cgroup v2 directory", .0.display())]
     NotCgroup(PathBuf),
     #[error("`{0}` is no instance name: letters, digits, `-`, `_` and `.`, at most 64")]
@@ -46,73 +55,121 @@ fn io_error(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Cgroup
 /// The two cgroups of one gate. One process has one: opening it moves the process.
 #[derive(Debug)]
 pub struct CgroupTree {
-    gate: PathBuf,
-    actions: PathBuf,
+    gate: Directory,
+    actions: Directory,
     next: AtomicU64,
+    own_mount: bool,
     /// Holds the lock that tells a running gate of this instance from a dead one.
-    _lock: File,
+    _lock: Directory,
 }
 
 impl CgroupTree {
     /// Finds the v2 hierarchy (pure or hybrid), makes `<root or own cgroup>/latchgate/<instance>/{gate,actions}`, moves
-    /// this process into `gate` and clears out what a dead predecessor of the same instance left in `actions`.
+    /// this process into `gate` and clears out what a dead predecessor of the same instance left in `actions`. Where the
+    /// hierarchy is shown read-only, as in a container, a helper has it mounted for itself and hands over the directory.
     pub fn open(root: Option<&Path>, instance: &str) -> Result<Self, CgroupError> {
+        Self::open_for(root, instance, true)
+    }
+
+    /// The same for a kernel program that is attached without pins. What was attached so cannot be found and taken off
+    /// again by another process, and would refuse everything: `actions` and `gate` are made anew, and it goes with the old.
+    pub fn open_unpinned(root: Option<&Path>, instance: &str) -> Result<Self, CgroupError> {
+        Self::open_for(root, instance, false)
+    }
+
+    fn open_for(root: Option<&Path>, instance: &str, pinned: bool) -> Result<Self, CgroupError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if instance.is_empty() || instance.len() > 64 || instance.starts_with('.') || !instance.chars().all(plain) {
             return Err(CgroupError::Instance(instance.to_owned()));
         }
-        let base = match root {
-            Some(root) => root.to_owned(),
-            None => own_cgroup()?,
-        };
-        if !is_cgroup2(&base).map_err(io_error(&base, "statfs"))? {
-            return Err(CgroupError::NotCgroup(base));
-        }
-        let shared = base.join("latchgate");
-        let own = shared.join(instance);
-        let (gate, actions) = (own.join("gate"), own.join("actions"));
-        for path in [&shared, &own, &gate, &actions] {
-            make_directory(path)?;
-        }
+        let (base, own_mount) = base(root)?;
+        let shared = base.make("latchgate")?;
+        let own = shared.make(instance)?;
         // Of the instance's own directory: `actions` is locked by whoever attaches the kernel program to it.
-        let lock = File::open(&own).map_err(io_error(&own, "open"))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        match flock(own.fd(), FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(own)),
-            Err(error) => return Err(io_error(&own, "lock")(error.into())),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(CgroupError::InUse(own.shown().to_owned())),
+            Err(error) => return Err(io_error(own.shown(), "lock")(error.into())),
         }
-        write(&gate.join("cgroup.procs"), "0")?;
-        for path in [&base, &shared, &own, &actions] {
+        let was_unpinned = own.has(UNPINNED);
+        if pinned && !was_unpinned {
+            let actions = own.make("actions")?;
+            for leaf in actions.children()? {
+                remove_tree(&actions, &leaf)?;
+            }
+        } else {
+            own.make(UNPINNED)?;
+            remove_tree(&own, "actions")?;
+            // Kept while something is in it: this process, when a gate started it.
+            let _ = own.remove("gate");
+        }
+        if pinned && was_unpinned {
+            own.remove(UNPINNED)?;
+        }
+        let (gate, actions) = (own.make("gate")?, own.make("actions")?);
+        gate.write("cgroup.procs", "0")?;
+        for directory in [&base, &shared, &own, &actions] {
             for controller in ["+memory", "+pids"] {
                 // Not there in a hybrid hierarchy, or not delegated: the leaf then has no such file, and rlimits hold.
-                let _ = fs::write(path.join("cgroup.subtree_control"), controller);
+                let _ = directory.write("cgroup.subtree_control", controller);
             }
         }
-        sweep(&actions)?;
-        Ok(Self { gate, actions, next: AtomicU64::new(0), _lock: lock })
+        Ok(Self { gate, actions, next: AtomicU64::new(0), own_mount, _lock: own })
     }
 
-    /// The directory that leaves are made in; the kernel program is attached here.
+    /// The directory that leaves are made in; the kernel program is attached here. Where no mount of the gate's shows it,
+    /// a path through `/proc/self/fd`, good in this process and while this value lives.
     pub fn actions(&self) -> &Path {
-        &self.actions
+        self.actions.shown()
     }
 
-    /// The directory of the gate's own processes.
+    /// The directory of the gate's own processes; a path as that of [`Self::actions`].
     pub fn gate(&self) -> &Path {
-        &self.gate
+        self.gate.shown()
+    }
+
+    /// Whether the directories are reached through a mount that only this process has.
+    pub fn has_own_mount(&self) -> bool {
+        self.own_mount
     }
 
     /// A fresh, empty leaf.
     pub fn leaf(&self) -> Result<Leaf, CgroupError> {
         loop {
             let name = format!("x{:x}", self.next.fetch_add(1, Ordering::Relaxed));
-            let path = self.actions.join(name);
-            match fs::create_dir(&path) {
-                Ok(()) => return Leaf::open(path),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(io_error(&path, "mkdir")(error)),
+            if self.actions.make_new(&name)? {
+                return Leaf::open(&self.actions, name);
             }
         }
+    }
+}
+
+/// The directory to work under, and whether it is there through a mount of this process alone.
+fn base(root: Option<&Path>) -> Result<(Directory, bool), CgroupError> {
+    let shown = match root {
+        Some(root) => Directory::open(root),
+        None => own_cgroup().and_then(|path| Directory::open(&path)),
+    };
+    if let Err(error @ CgroupError::NotCgroup(_)) = shown {
+        return Err(error);
+    }
+    let refused = match &shown {
+        Ok(directory) => match directory.is_writable() {
+            Ok(()) => return shown.map(|shown| (shown, false)),
+            Err(error) => error.to_string(),
+        },
+        Err(error) => error.to_string(),
+    };
+    let fresh = writable::own_cgroup()
+        .map_err(|error| CgroupError::NotWritable { shown: refused.clone(), helper: error.to_string() })?;
+    // It is the cgroup of this process; another that was asked for cannot be had in its place.
+    match (root, shown) {
+        (Some(_), Ok(shown)) if shown.inode()? != fresh.inode()? => Err(CgroupError::NotWritable {
+            shown: refused,
+            helper: "it is not the cgroup of this process, so that no other way leads there".to_owned(),
+        }),
+        (Some(_), Err(error)) => Err(error),
+        _ => Ok((fresh, true)),
     }
 }
 
@@ -123,16 +180,17 @@ pub struct Leaf(Arc<LeafDirectory>);
 
 #[derive(Debug)]
 struct LeafDirectory {
-    path: PathBuf,
-    directory: File,
+    parent: Directory,
+    name: String,
+    directory: Directory,
     id: LeafId,
 }
 
 impl Leaf {
-    fn open(path: PathBuf) -> Result<Self, CgroupError> {
-        let directory = File::open(&path).map_err(io_error(&path, "open"))?;
-        let inode = directory.metadata().map_err(io_error(&path, "stat"))?.ino();
-        Ok(Self(Arc::new(LeafDirectory { path, directory, id: LeafId(inode) })))
+    fn open(parent: &Directory, name: String) -> Result<Self, CgroupError> {
+        let directory = parent.open_child(&name)?;
+        let id = LeafId(directory.inode()?);
+        Ok(Self(Arc::new(LeafDirectory { parent: parent.clone(), name, directory, id })))
     }
 
     /// The kernel's id: on 64-bit kernels the directory's inode number is the cgroup's id.
@@ -140,27 +198,28 @@ impl Leaf {
         self.0.id
     }
 
+    /// As that of [`CgroupTree::actions`].
     pub fn path(&self) -> &Path {
-        &self.0.path
+        self.0.directory.shown()
     }
 
     pub(super) fn directory(&self) -> BorrowedFd<'_> {
-        self.0.directory.as_fd()
+        self.0.directory.fd()
     }
 
     /// Sets what the controllers can hold; says whether the memory controller is there.
     pub(super) fn limit(&self, memory_bytes: u64, processes: u32) -> Result<bool, CgroupError> {
-        let path = &self.0.path;
-        if path.join("pids.max").exists() {
-            write(&path.join("pids.max"), &processes.to_string())?;
+        let leaf = &self.0.directory;
+        if leaf.has("pids.max") {
+            leaf.write("pids.max", &processes.to_string())?;
         }
-        if !path.join("memory.max").exists() {
+        if !leaf.has("memory.max") {
             return Ok(false);
         }
-        write(&path.join("memory.max"), &memory_bytes.to_string())?;
-        write(&path.join("memory.oom.group"), "1")?;
-        if path.join("memory.swap.max").exists() {
-            write(&path.join("memory.swap.max"), "0")?;
+        leaf.write("memory.max", &memory_bytes.to_string())?;
+        leaf.write("memory.oom.group", "1")?;
+        if leaf.has("memory.swap.max") {
+            leaf.write("memory.swap.max", "0")?;
         }
         Ok(true)
     }
@@ -170,31 +229,28 @@ impl Leaf {
         if !guards::on(Guard::CgroupKill) {
             return Ok(());
         }
-        unless_gone(write(&self.0.path.join("cgroup.kill"), "1"), ())
+        unless_gone(self.0.directory.write("cgroup.kill", "1"), ())
     }
 
     pub(super) fn is_populated(&self) -> Result<bool, CgroupError> {
-        let path = self.0.path.join("cgroup.events");
-        let text = fs::read_to_string(&path).map_err(io_error(&path, "read"));
-        unless_gone(text.map(|text| populated(&text)), false)
+        unless_gone(self.0.directory.read("cgroup.events").map(|text| populated(&text)), false)
     }
 
     /// Kills everything in it and waits until it is empty.
     pub fn kill(&self) -> Result<(), CgroupError> {
-        kill_and_wait(&self.0.path)
+        kill_and_wait(&self.0.directory)
     }
 
     /// Kills what is left and removes the directory.
     pub fn remove(self) -> Result<(), CgroupError> {
-        remove_tree(&self.0.path)
+        remove_tree(&self.0.parent, &self.0.name)
     }
 }
 
 impl Drop for LeafDirectory {
     fn drop(&mut self) {
-        if self.path.exists()
-            && let Err(error) = remove_tree(&self.path)
-        {
+        // Gone already after `Leaf::remove`; a name is never used twice.
+        if let Err(error) = remove_tree(&self.parent, &self.name) {
             tracing::warn!(leaf = self.id.0, %error, "a leaf was not removed");
         }
     }
@@ -218,74 +274,45 @@ fn unless_gone<T>(result: Result<T, CgroupError>, gone: T) -> Result<T, CgroupEr
     }
 }
 
-fn kill_and_wait(path: &Path) -> Result<(), CgroupError> {
-    unless_gone(kill_until_empty(path), ())
+fn kill_and_wait(directory: &Directory) -> Result<(), CgroupError> {
+    unless_gone(kill_until_empty(directory), ())
 }
 
-fn kill_until_empty(path: &Path) -> Result<(), CgroupError> {
+fn kill_until_empty(directory: &Directory) -> Result<(), CgroupError> {
     if !guards::on(Guard::CgroupKill) {
         return Ok(());
     }
-    write(&path.join("cgroup.kill"), "1")?;
-    let events = path.join("cgroup.events");
-    let mut file = File::open(&events).map_err(io_error(&events, "open"))?;
+    directory.write("cgroup.kill", "1")?;
+    let mut events: File = directory.open_file("cgroup.events")?;
     let started = tokio::time::Instant::now();
     loop {
         let mut text = String::new();
-        file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(io_error(&events, "read"))?;
+        let read = events.rewind().and_then(|()| events.read_to_string(&mut text));
+        read.map_err(io_error(directory.shown(), "read cgroup.events"))?;
         if !populated(&text) {
             return Ok(());
         }
         if started.elapsed() > KILL_WAIT {
-            return Err(CgroupError::StillPopulated(path.to_owned()));
+            return Err(CgroupError::StillPopulated(directory.shown().to_owned()));
         }
         std::thread::sleep(POLL);
     }
 }
 
-/// Kills and removes a cgroup and those that were made inside it, deepest first.
-fn remove_tree(path: &Path) -> Result<(), CgroupError> {
-    kill_and_wait(path)?;
-    for child in unless_gone(children(path), Vec::new())? {
-        remove_tree(&child)?;
+/// Kills and removes a cgroup and those that were made inside it, deepest first. One that is not there is removed.
+fn remove_tree(parent: &Directory, name: &str) -> Result<(), CgroupError> {
+    let directory = match parent.open_child(name) {
+        Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    kill_and_wait(&directory)?;
+    for child in unless_gone(directory.children(), Vec::new())? {
+        remove_tree(&directory, &child)?;
     }
-    match fs::remove_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(io_error(path, "rmdir")),
+    match parent.remove(name) {
+        Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
-}
-
-fn sweep(actions: &Path) -> Result<(), CgroupError> {
-    for leaf in children(actions)? {
-        remove_tree(&leaf)?;
-    }
-    Ok(())
-}
-
-fn children(path: &Path) -> Result<Vec<PathBuf>, CgroupError> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(path).map_err(io_error(path, "read"))? {
-        let entry = entry.map_err(io_error(path, "read"))?;
-        if entry.file_type().map_err(io_error(path, "read"))?.is_dir() {
-            found.push(entry.path());
-        }
-    }
-    Ok(found)
-}
-
-fn make_directory(path: &Path) -> Result<(), CgroupError> {
-    match fs::create_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error(path, "mkdir")(error)),
-        _ => Ok(()),
-    }
-}
-
-fn write(path: &Path, text: &str) -> Result<(), CgroupError> {
-    fs::OpenOptions::new()
-        .write(true)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(io_error(path, "write"))
 }
 
 /// The directory of this process's own v2 cgroup; of the one above `latchgate/<instance>/gate` when a gate started it.
@@ -293,11 +320,7 @@ fn own_cgroup() -> Result<PathBuf, CgroupError> {
     let read = |path: &str| fs::read_to_string(path).map_err(io_error(Path::new(path), "read"));
     // A mount may be hidden by a later one, so what is listed need not be there.
     let candidates = locate(&read("/proc/self/mountinfo")?, &read("/proc/self/cgroup")?);
-    candidates.into_iter().find(|path| is_cgroup2(path).unwrap_or(false)).ok_or(CgroupError::NoHierarchy)
-}
-
-fn is_cgroup2(path: &Path) -> io::Result<bool> {
-    Ok(u64::try_from(rustix::fs::statfs(path)?.f_type).ok() == Some(CGROUP2_MAGIC))
+    candidates.into_iter().find(|path| Directory::open(path).is_ok()).ok_or(CgroupError::NoHierarchy)
 }
 
 /// Where this process's cgroup should be seen, mount by mount; `mountinfo` as proc_pid_mountinfo(5), `cgroup` as

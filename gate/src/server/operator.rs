@@ -205,6 +205,8 @@ fn status(gate: &Gate) -> serde_json::Value {
         "log_id": gate.ledger.log_id(),
         "policy_version": gate.policy.policy_version(),
         "program_hash": gate.enforcer.program_hash(),
+        // `pinned` or `multi`: whether a next gate finds this one's attachments, or has cgroups of its own.
+        "attach": gate.enforcer.attach_mode().name(),
         "actions": gate.registry.actions().count(),
         "running": gate.running(),
         "selftest": gate.selftest.line(),

@@ -1,7 +1,6 @@
-//! Loads the object with two capabilities, attaches its programs and pins the links.
+//! Loads the object with two capabilities, attaches its programs.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::thread;
 
 use aya::maps::{Array, HashMap, Map, MapData, RingBuf, SkStorage};
@@ -13,8 +12,8 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use latchgate_egress_types as types;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
+use super::attached::{self, AttachMode, Attached};
 use super::inbound::Inbound;
-use super::pins::Pins;
 use super::reach::Reach;
 use super::{KernelConfig, KernelError, OBJECT, address, connections, pins, pod, probe, queries, sys};
 
@@ -30,7 +29,7 @@ pub struct Loaded {
     pub control: Array<MapData, pod::Control>,
     pub heartbeat: Array<MapData, u64>,
     pub events: RingBuf<MapData>,
-    pub pins: Pins,
+    pub attached: Attached,
 }
 
 /// Runs `work` on a thread that keeps CAP_BPF and CAP_NET_ADMIN and gives up everything else, so that a kernel or a
@@ -61,7 +60,7 @@ fn reduce() -> Result<(), KernelError> {
     set_capabilities(None, sets).map_err(failed)
 }
 
-pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result<Loaded, KernelError> {
+pub fn load(config: &KernelConfig, mode: AttachMode, generation: u64) -> Result<Loaded, KernelError> {
     let actions = pins::cgroup(&config.actions)?;
     let gate = pins::cgroup(&config.gate)?;
     // Nothing in the program is relocated against the running kernel's types. The verifier is asked for its log only when
@@ -88,31 +87,27 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
     heartbeat.set(0, sys::boottime_ns(), 0).map_err(refused("HEARTBEAT"))?;
     control.set(0, pod::Control(control_of(config, generation, level)), 0).map_err(refused("CONTROL"))?;
 
-    let mut pins = Pins::make(instance, generation)?;
-    let mut attached = Attached { pins: &mut pins, ebpf: &mut ebpf };
+    let mut attached = Attached::make(mode, config, generation)?;
+    let mut attaching = Attaching { attached: &mut attached, ebpf: &mut ebpf };
     for name in ["connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6", "recvmsg4", "recvmsg6"]
     {
-        attached.attach(name, &actions, |program: &mut CgroupSockAddr, cgroup| {
-            program.load()?;
+        attaching.attach(name, &actions, CgroupSockAddr::load, |program, cgroup| {
             let link = program.attach(cgroup, CgroupAttachMode::Single)?;
             FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
         })?;
     }
-    attached.attach("sock_create", &actions, |program: &mut CgroupSock, cgroup| {
-        program.load()?;
+    attaching.attach("sock_create", &actions, CgroupSock::load, |program, cgroup| {
         let link = program.attach(cgroup, CgroupAttachMode::Single)?;
         FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
     })?;
     for (name, direction) in [("egress", CgroupSkbAttachType::Egress), ("ingress", CgroupSkbAttachType::Ingress)] {
-        attached.attach(name, &actions, |program: &mut CgroupSkb, cgroup| {
-            program.load()?;
+        attaching.attach(name, &actions, CgroupSkb::load, |program, cgroup| {
             let link = program.attach(cgroup, direction, CgroupAttachMode::Single)?;
             FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
         })?;
     }
     for (name, cgroup) in [("flow_client", &actions), ("flow_gate", &gate)] {
-        attached.attach(name, cgroup, |program: &mut SockOps, cgroup| {
-            program.load()?;
+        attaching.attach(name, cgroup, SockOps::load, |program, cgroup| {
             let link = program.attach(cgroup, CgroupAttachMode::Single)?;
             FdLink::try_from(program.take_link(link)?).map_err(|_| ProgramError::NotAttached)
         })?;
@@ -133,7 +128,7 @@ pub fn load(config: &KernelConfig, instance: PathBuf, generation: u64) -> Result
         control,
         heartbeat,
         events: map(&mut ebpf, "EVENTS")?,
-        pins,
+        attached,
     })
 }
 
@@ -155,28 +150,27 @@ fn control_of(config: &KernelConfig, generation: u64, level: u32) -> types::Cont
     }
 }
 
-struct Attached<'a> {
-    pins: &'a mut Pins,
+struct Attaching<'a> {
+    attached: &'a mut Attached,
     ebpf: &'a mut Ebpf,
 }
 
-impl Attached<'_> {
-    fn attach<'p, P: 'p>(
-        &'p mut self,
+impl Attaching<'_> {
+    fn attach<P: 'static>(
+        &mut self,
         name: &'static str,
         cgroup: &OwnedFd,
-        attach: impl FnOnce(&'p mut P, &OwnedFd) -> Result<FdLink, ProgramError>,
+        load: impl FnOnce(&mut P) -> Result<(), ProgramError>,
+        link: impl FnOnce(&mut P, &OwnedFd) -> Result<FdLink, ProgramError>,
     ) -> Result<(), KernelError>
     where
-        &'p mut P: TryFrom<&'p mut Program>,
+        for<'p> &'p mut P: TryFrom<&'p mut Program>,
     {
-        let id = pins::cgroup_id(cgroup).map_err(KernelError::io("the cgroup's id"))?;
+        load(program(self.ebpf, name)?).map_err(|source| KernelError::Program { program: name, source })?;
+        let loaded = self.ebpf.program(name).ok_or(KernelError::Missing(name))?;
+        let descriptor = attached::descriptor(loaded, name)?;
         let program: &mut P = program(self.ebpf, name)?;
-        let link = attach(program, cgroup).map_err(|source| KernelError::Program { program: name, source })?;
-        let link =
-            link.pin(self.pins.path(name)).map_err(|source| KernelError::Pin { name: name.to_owned(), source })?;
-        self.pins.add_link(name, id, link);
-        Ok(())
+        self.attached.add(name, cgroup, descriptor, || link(program, cgroup))
     }
 }
 

@@ -71,21 +71,26 @@ pub fn new_generation() -> Result<u64, KernelError> {
     }
 }
 
-/// The directory of this instance's pins. Mounts a bpffs where there is none and this process may.
-pub fn bpffs(config: &KernelConfig) -> Result<PathBuf, KernelError> {
-    let refused = |source| KernelError::NoBpffs { path: config.bpffs.clone(), source };
-    let is_bpffs = |path: &Path| -> io::Result<bool> { Ok(magic(fs::File::open(path)?)? == BPF_FS_MAGIC) };
-    if !is_bpffs(&config.bpffs).map_err(refused)? {
+/// The directory of this instance's pins.
+pub fn directory(config: &KernelConfig) -> PathBuf {
+    config.bpffs.join("latchgate").join(&config.instance)
+}
+
+/// Mounts a bpffs where there is none and this process may.
+pub fn bpffs(path: &Path) -> Result<(), KernelError> {
+    let refused = |source| KernelError::NoBpffs { path: path.to_owned(), source };
+    let is_bpffs = || -> io::Result<bool> { Ok(magic(fs::File::open(path)?)? == BPF_FS_MAGIC) };
+    if !is_bpffs().map_err(refused)? {
         // One gate at a time: a second mount would cover the first, and the pins that another gate has made there.
-        let bare = fs::File::open(&config.bpffs).map_err(refused)?;
+        let bare = fs::File::open(path).map_err(refused)?;
         rustix::fs::flock(&bare, FlockOperation::LockExclusive).map_err(|error| refused(error.into()))?;
-        if !is_bpffs(&config.bpffs).map_err(refused)? {
+        if !is_bpffs().map_err(refused)? {
             let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-            rustix::mount::mount("bpf", &config.bpffs, "bpf", flags, Some(c"mode=0700"))
+            rustix::mount::mount("bpf", path, "bpf", flags, Some(c"mode=0700"))
                 .map_err(|error| refused(error.into()))?;
         }
     }
-    Ok(config.bpffs.join("latchgate").join(&config.instance))
+    Ok(())
 }
 
 /// The pins of one run.

@@ -17,6 +17,9 @@ pub fn boottime_ns() -> u64 {
 }
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_DETACH: libc::c_long = 9;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 
 #[repr(C)]
@@ -46,6 +49,85 @@ struct CgroupLinkInfo {
     cgroup: u64,
     attach_type: u32,
     reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct AttachAttributes {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+    replaced: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttributes {
+    target: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    padding: u32,
+}
+
+/// The start of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+}
+
+/// `BPF_CGROUP_MAX_PROGS` of the kernel: what one attachment point of one cgroup can have.
+const MOST_PROGRAMS: usize = 64;
+
+fn number(descriptor: &OwnedFd) -> io::Result<u32> {
+    u32::try_from(descriptor.as_raw_fd()).map_err(io::Error::other)
+}
+
+/// Attaches `program` beside whatever is there (bpf(2), BPF_PROG_ATTACH with BPF_F_ALLOW_MULTI).
+pub fn attach_multi(cgroup: &OwnedFd, program: &OwnedFd, attach_type: u32) -> io::Result<()> {
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    let (target, program) = (number(cgroup)?, number(program)?);
+    let mut attributes =
+        AttachAttributes { target, program, attach_type, flags: BPF_F_ALLOW_MULTI, ..AttachAttributes::default() };
+    bpf(BPF_PROG_ATTACH, &mut attributes).map(drop)
+}
+
+pub fn detach(cgroup: &OwnedFd, program: &OwnedFd, attach_type: u32) -> io::Result<()> {
+    let (target, program) = (number(cgroup)?, number(program)?);
+    let mut attributes = AttachAttributes { target, program, attach_type, ..AttachAttributes::default() };
+    bpf(BPF_PROG_DETACH, &mut attributes).map(drop)
+}
+
+/// The numbers of the programs that are attached to this very cgroup, at this point.
+pub fn attached_programs(cgroup: &OwnedFd, attach_type: u32) -> io::Result<Vec<u32>> {
+    let mut programs = [0_u32; MOST_PROGRAMS];
+    let mut attributes = QueryAttributes {
+        target: number(cgroup)?,
+        attach_type,
+        programs: programs.as_mut_ptr() as u64,
+        count: u32::try_from(MOST_PROGRAMS).map_err(io::Error::other)?,
+        ..QueryAttributes::default()
+    };
+    bpf(BPF_PROG_QUERY, &mut attributes)?;
+    let count = usize::try_from(attributes.count).map_err(io::Error::other)?;
+    Ok(programs.get(..count).unwrap_or_default().to_vec())
+}
+
+/// The kernel's number for a loaded program.
+pub fn program_id(program: &OwnedFd) -> io::Result<u32> {
+    let mut info = ProgramInfo::default();
+    let mut attributes = InfoAttributes {
+        descriptor: number(program)?,
+        length: u32::try_from(size_of::<ProgramInfo>()).map_err(io::Error::other)?,
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
+    Ok(info.id)
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
