@@ -151,10 +151,10 @@ fn coded(bits: &mut Bits<'_>, out: &mut Vec<u8>, symbols: &Code, distances: &Cod
                 let at = distances.read(bits)?;
                 let more = bits.take(u8::try_from((at / 2).saturating_sub(1)).ok()?)?;
                 let distance = usize::from(*DISTANCE_BASE.get(usize::from(at))?) + usize::from(more);
-                let mut from = out.len().checked_sub(distance)?;
-                for _ in 0..length {
-                    out.push(*out.get(from)?);
-                    from += 1;
+                let from = out.len().checked_sub(distance)?;
+                // It may run into what it has just written.
+                for at in from..from + usize::from(length) {
+                    out.push(*out.get(at)?);
                 }
             }
         }
