@@ -7,6 +7,7 @@ pub mod gate;
 pub mod http;
 pub mod inside;
 pub mod origin;
+pub mod storm;
 
 use base64::Engine as _;
 

@@ -15,6 +15,8 @@ mod closing;
 mod dns;
 #[path = "kernel/tree.rs"]
 mod tree;
+#[path = "kernel/upgrade.rs"]
+mod upgrade;
 
 use std::net::{TcpListener, UdpSocket};
 

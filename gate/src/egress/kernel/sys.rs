@@ -8,12 +8,29 @@ use std::path::Path;
 
 use rustix::time::{ClockId, clock_gettime};
 
+use super::KernelError;
+
 /// CLOCK_BOOTTIME, the clock of `bpf_ktime_get_boot_ns`: it goes on while the machine is suspended, so a deadline does
 /// not wait for it to wake.
 pub fn boottime_ns() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// That the clock above is the kernel program's own: a time namespace gives its processes another (time_namespaces(7)).
+pub fn check_clock() -> Result<(), KernelError> {
+    // Not there: the kernel has no time namespaces.
+    let Ok(offsets) = std::fs::read_to_string("/proc/self/timens_offsets") else { return Ok(()) };
+    let boottime = offsets.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        (words.next()? == "boottime").then_some(())?;
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    });
+    match boottime {
+        Some((0_i64, 0_u32)) | None => Ok(()),
+        Some((seconds, _)) => Err(KernelError::TimeNamespace(seconds)),
+    }
 }
 
 const BPF_OBJ_GET: libc::c_long = 7;
