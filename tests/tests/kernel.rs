@@ -13,6 +13,8 @@ mod carry;
 mod closing;
 #[path = "kernel/dns.rs"]
 mod dns;
+#[path = "kernel/full.rs"]
+mod full;
 #[path = "kernel/tree.rs"]
 mod tree;
 #[path = "kernel/upgrade.rs"]
