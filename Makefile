@@ -9,10 +9,10 @@ GATE    = target/$(TARGET)/debug/latchgate
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CI)
 PRIVATE = $(AS_ROOT) unshare --mount --propagation private
 
-.PHONY: help setup setup-test build demo test lint ebpf ebpf-check fmt
+.PHONY: help setup setup-test build demo test soak test-kernel-6.1 lint ebpf ebpf-check fmt
 
 help: ## what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: ## install what the demo needs and this machine lacks
 	@scripts/setup.sh demo
@@ -31,6 +31,13 @@ test: setup-test ## every test, against the real kernel
 	cargo build --workspace
 	cargo test --workspace --no-run
 	$(PRIVATE) env LATCHGATE_TEST_PYTHON=$(PYTHON) PROPTEST_RNG_SEED=$(SEED) cargo test --workspace
+
+soak: setup-test ## 5,000 executions: what is held after them is what was held before
+	cargo build --package latchgate
+	$(PRIVATE) env LATCHGATE_SOAK=$(or $(EXECUTIONS),5000) cargo test --package latchgate-tests --test soak -- --nocapture
+
+test-kernel-6.1: ## the suites that meet the kernel, on Debian's 6.1 under an emulated processor (slow)
+	CACHE=$(CACHE) scripts/kernel-6.1.sh $(SUITES)
 
 lint: ## formatting, clippy, licences, Python
 	@scripts/setup.sh lint

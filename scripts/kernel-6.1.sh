@@ -103,7 +103,7 @@ chmod +x "$root/init"
 (cd "$root" && find . -print0 | "$cache/files/bin/busybox" cpio -0 -o -H newc 2>/dev/null | gzip -1 >"$work/initramfs.gz")
 
 log=${LOG:-$work/log}
-timeout "$patience" qemu-system-x86_64 -accel tcg,thread=multi -smp 2 -m "$memory" -cpu max -nographic -no-reboot -nodefaults \
+timeout "$patience" qemu-system-x86_64 -accel tcg,thread=multi -smp "${CPUS:-2}" -m "$memory" -cpu max -nographic -no-reboot -nodefaults \
     -serial stdio -kernel "$kernel" -initrd "$work/initramfs.gz" \
     -append 'console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off no_timer_check' </dev/null | tee "$log" || true
 grep -q '^@ over' "$log" || { echo "the machine did not come to its end within $patience s" >&2; exit 1; }

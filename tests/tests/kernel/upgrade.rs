@@ -63,7 +63,10 @@ fn no_upgrade_leaves_a_moment_open() {
     }
     let began = Instant::now();
     let mut present = Some(first);
-    for _ in 0..UPGRADES {
+    for upgrade in 0..UPGRADES {
+        if upgrade % 250 == 0 {
+            eprintln!("{upgrade} upgrades after {:?}", began.elapsed());
+        }
         drop(present.take());
         let next = Enforcer::start(tree.config()).unwrap();
         next.admit(admitted.id, KernelProfile::ProxyOnly, LONG).unwrap();
