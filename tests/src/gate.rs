@@ -137,6 +137,7 @@ impl Gate {
             .arg(self.setup.config_file())
             .env("LATCHGATE_LOG", std::env::var("LATCHGATE_LOG").unwrap_or_else(|_| "info".to_owned()))
             .env("NO_COLOR", "1")
+            .env("TMPDIR", &self.setup.directory)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

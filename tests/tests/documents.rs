@@ -76,7 +76,8 @@ fn every_test_that_the_threat_model_names_exists() {
 
 #[test]
 fn a_name_that_is_only_a_word_or_a_plain_function_is_no_test() {
-    let document = "| a | Shown by |\n|---|---|\n| x | `first`, `second` |\n\n| b | other |\n|---|---|\n| y | `third` |\n";
+    let document =
+        "| a | Shown by |\n|---|---|\n| x | `first`, `second` |\n\n| b | other |\n|---|---|\n| y | `third` |\n";
     let found = cells(document, "Shown by");
     assert_eq!(found, ["`first`, `second`"]);
     assert_eq!(names_in(&found[0]), ["first", "second"]);

@@ -38,9 +38,8 @@ struct Held {
     processes: usize,
     /// Processes on this machine with an uid of executions.
     uids: usize,
+    /// In its directory, which is also where it makes temporary ones.
     files: usize,
-    /// Of the gate, where such files are made.
-    temporary: usize,
 }
 
 impl Held {
@@ -66,12 +65,6 @@ impl Held {
             processes: own.len(),
             uids: all.filter(|pid| uid_of(*pid).is_some_and(|uid| uids.contains(&uid))).count(),
             files: files(gate.directory()),
-            temporary: fs::read_dir(std::env::temp_dir())
-                .unwrap()
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .filter(|name| name.starts_with("latchgate") && !name.starts_with("latchgate-test"))
-                .count(),
         }
     }
 }

@@ -16,7 +16,7 @@ use super::actor::Actor;
 use super::tree::Tree;
 
 /// bpf(2).
-fn bpf(command: i64, attributes: &mut [u64]) -> i64 {
+pub fn bpf(command: i64, attributes: &mut [u64]) -> i64 {
     // SAFETY: attributes of the command's own making, in whole words and of the length that is given.
     unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of_val(attributes)) }
 }

@@ -71,7 +71,8 @@ fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long>
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// The cgroup that the link pinned at `path` is attached to; 0 when it was detached (bpf(2), BPF_OBJ_GET_INFO_BY_FD).
+/// The cgroup that the link pinned at `path` is attached to; 0 when it was detached, and for what is no link (bpf(2),
+/// BPF_OBJ_GET_INFO_BY_FD).
 pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut object = ObjectAttributes { path: path.as_ptr() as u64, ..ObjectAttributes::default() };
@@ -79,6 +80,10 @@ pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
     let descriptor = i32::try_from(descriptor).map_err(io::Error::other)?;
     // SAFETY: the call above made this descriptor, and nothing else owns it.
     let link = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    // What the kernel says of a map or a program has the same length and means something else.
+    if !std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}"))?.contains("link_type:") {
+        return Ok(0);
+    }
     let mut info = CgroupLinkInfo::default();
     let mut attributes = InfoAttributes {
         descriptor: u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?,
