@@ -9,10 +9,10 @@ GATE    = target/$(TARGET)/debug/latchgate
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,RUSTUP_HOME,CI)
 PRIVATE = $(AS_ROOT) unshare --mount --propagation private
 
-.PHONY: help setup setup-test build demo test bench lint ebpf ebpf-check fmt
+.PHONY: help setup setup-test build demo test bench soak test-kernel-6.1 lint ebpf ebpf-check fmt
 
 help: ## what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9.-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: ## install what the demo needs and this machine lacks
 	@scripts/setup.sh demo
@@ -38,6 +38,13 @@ bench: setup-test ## what holding costs, as ratios of one run; on a machine that
 	cargo build --release --package latchgate
 	cargo bench --package latchgate-tests --bench ratios --no-run
 	$(PRIVATE) cargo bench --quiet --package latchgate-tests --bench ratios
+
+soak: setup-test ## 5,000 executions: what is held after them is what was held before
+	cargo build --package latchgate
+	$(PRIVATE) env LATCHGATE_SOAK=$(or $(EXECUTIONS),5000) cargo test --package latchgate-tests --test soak -- --nocapture
+
+test-kernel-6.1: ## the suites that meet the kernel, on Debian's 6.1 under an emulated processor (slow)
+	CACHE=$(CACHE) scripts/kernel-6.1.sh $(SUITES)
 
 lint: ## formatting, clippy, licences, Python
 	@scripts/setup.sh lint

@@ -224,6 +224,7 @@ impl Gate {
             .serve()
             .env("LATCHGATE_LOG", std::env::var("LATCHGATE_LOG").unwrap_or_else(|_| "info".to_owned()))
             .env("NO_COLOR", "1")
+            .env("TMPDIR", &self.setup.directory)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -252,6 +253,35 @@ impl Gate {
         let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap_or_default();
         self.cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from);
         self.process = Some(child);
+    }
+
+    /// Starts it, and kills it (SIGKILL) after so long, whatever it is doing then.
+    pub fn start_and_kill(&mut self, after: Duration) {
+        assert!(self.process.is_none(), "it runs already");
+        let mut command = Command::new(binary());
+        command.arg("serve").arg("--config").arg(self.setup.config_file());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(after);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Starts it by way of `wrapper`, a program with arguments that runs what follows them, where it must refuse to
+    /// start: its exit code and what it said.
+    pub fn refuses_under(&self, wrapper: &[&str]) -> (i32, String) {
+        assert!(self.process.is_none(), "it runs");
+        let output = Command::new("timeout")
+            .arg("60")
+            .args(wrapper)
+            .arg(binary())
+            .arg("serve")
+            .arg("--config")
+            .arg(self.setup.config_file())
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
     /// Removes the cgroups that a stopped gate leaves: a process cannot remove the one that it is in.

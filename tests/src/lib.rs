@@ -10,6 +10,7 @@ pub mod inside;
 pub mod operator;
 pub mod origin;
 pub mod session;
+pub mod storm;
 
 use base64::Engine as _;
 

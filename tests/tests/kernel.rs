@@ -15,12 +15,16 @@ mod closing;
 mod dns;
 #[path = "kernel/figures.rs"]
 mod figures;
+#[path = "kernel/full.rs"]
+mod full;
 #[path = "kernel/inbound.rs"]
 mod inbound;
 #[path = "kernel/multi.rs"]
 mod multi;
 #[path = "kernel/tree.rs"]
 mod tree;
+#[path = "kernel/upgrade.rs"]
+mod upgrade;
 
 use std::net::{TcpListener, UdpSocket};
 

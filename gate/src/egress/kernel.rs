@@ -211,6 +211,11 @@ pub enum KernelError {
     Detached(String),
     #[error("the heartbeat was last written {0:?} ago")]
     HeartbeatLate(Duration),
+    #[error(
+        "this process is in a time namespace whose CLOCK_BOOTTIME is {0} s off, and the kernel program has no other \
+         clock: every leaf would stay closed; start the gate without a time namespace of its own"
+    )]
+    TimeNamespace(i64),
 }
 
 impl KernelError {
@@ -254,6 +259,7 @@ impl Enforcer {
         if let Some(resolver) = &config.resolver {
             resolver.check()?;
         }
+        sys::check_clock()?;
         let lock = pins::lock(&config)?;
         let mode = AttachMode::choose(&config.bpffs, attach)?;
         let generation = pins::new_generation()?;

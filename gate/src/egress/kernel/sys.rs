@@ -8,12 +8,29 @@ use std::path::Path;
 
 use rustix::time::{ClockId, clock_gettime};
 
+use super::KernelError;
+
 /// CLOCK_BOOTTIME, the clock of `bpf_ktime_get_boot_ns`: it goes on while the machine is suspended, so a deadline does
 /// not wait for it to wake.
 pub fn boottime_ns() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// That the clock above is the kernel program's own: a time namespace gives its processes another (time_namespaces(7)).
+pub fn check_clock() -> Result<(), KernelError> {
+    // Not there: the kernel has no time namespaces.
+    let Ok(offsets) = std::fs::read_to_string("/proc/self/timens_offsets") else { return Ok(()) };
+    let boottime = offsets.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        (words.next()? == "boottime").then_some(())?;
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    });
+    match boottime {
+        Some((0_i64, 0_u32)) | None => Ok(()),
+        Some((seconds, _)) => Err(KernelError::TimeNamespace(seconds)),
+    }
 }
 
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -136,7 +153,8 @@ fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long>
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// The cgroup that the link pinned at `path` is attached to; 0 when it was detached (bpf(2), BPF_OBJ_GET_INFO_BY_FD).
+/// The cgroup that the link pinned at `path` is attached to; 0 when it was detached, and for what is no link (bpf(2),
+/// BPF_OBJ_GET_INFO_BY_FD).
 pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut object = ObjectAttributes { path: path.as_ptr() as u64, ..ObjectAttributes::default() };
@@ -144,6 +162,10 @@ pub fn cgroup_of_link(path: &Path) -> io::Result<u64> {
     let descriptor = i32::try_from(descriptor).map_err(io::Error::other)?;
     // SAFETY: the call above made this descriptor, and nothing else owns it.
     let link = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    // What the kernel says of a map or a program has the same length and means something else.
+    if !std::fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}"))?.contains("link_type:") {
+        return Ok(0);
+    }
     let mut info = CgroupLinkInfo::default();
     let mut attributes = InfoAttributes {
         descriptor: u32::try_from(link.as_raw_fd()).map_err(io::Error::other)?,
