@@ -207,6 +207,8 @@ fn prepare(
             covered,
             scope_needed,
         }),
+        #[cfg(feature = "test-guards")]
+        guards_off: crate::guards::bits(),
     };
     Ok((spec, sealed))
 }
