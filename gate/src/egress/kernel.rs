@@ -21,7 +21,8 @@
 //! what the resolver sees of it ([`DatagramAttribution::asker`]). A profile's addresses are the only ones: what is in
 //! no map is refused.
 //!
-//! Loading needs CAP_BPF and CAP_NET_ADMIN, and is always done by a thread that has given up everything else.
+//! Loading needs CAP_BPF and CAP_NET_ADMIN, before Linux 6.8 CAP_PERFMON too, and is always done by a thread that has given
+//! up everything else.
 
 // The kernel's interface: bpf(2), clone3(2), poll(2), and the promise that map values are plain bytes.
 #![allow(unsafe_code)]
@@ -161,6 +162,11 @@ pub enum KernelError {
     Load(#[from] aya::EbpfError),
     #[error("{program}: {source}")]
     Program { program: &'static str, source: aya::programs::ProgramError },
+    #[error(
+        "the verifier of Linux {release} refuses {program} without CAP_PERFMON: give the gate CAP_PERFMON, or run it \
+         on Linux 6.8 or later ({source})"
+    )]
+    OldVerifier { release: String, program: &'static str, source: aya::programs::ProgramError },
     #[error("pinning {name}: {source}")]
     Pin { name: String, source: aya::pin::PinError },
     #[error("map {map}: {source}")]
@@ -229,11 +235,7 @@ impl Enforcer {
         sys::check_clock()?;
         let lock = pins::lock(&config)?;
         let bpffs = pins::bpffs(&config)?;
-        let generation = pins::new_generation()?;
-        let loaded = load::with_two_capabilities({
-            let config = config.clone();
-            move || load::load(&config, bpffs, generation)
-        })?;
+        let (loaded, generation) = load::with_least_capabilities(&config, bpffs)?;
         let heartbeat = Heartbeat::start(loaded.heartbeat, loaded.control)?;
         let events = events::Reader::start(loaded.events)?;
         let queries = Queries::start(loaded.queries)?;
