@@ -79,7 +79,7 @@ for binary in $built; do strip -o "$root/lg/deps/$(basename "$binary")" "$binary
 
 {
     echo '#!/usr/bin/busybox sh'
-    echo 'export PATH=/usr/bin:/usr/sbin TMPDIR=/tmp HOME=/root RUST_BACKTRACE=0 LATCHGATE_TEST_SLOW=1'
+    echo 'export PATH=/usr/bin:/usr/sbin TMPDIR=/tmp HOME=/root RUST_BACKTRACE=0 LATCHGATE_UPGRADES=20 LATCHGATE_SOAK=40'
     echo 'bb=/usr/bin/busybox'
     # The first root of all cannot be pivoted away from, and every sandbox does.
     echo 'if [ ! -e /moved ]; then'

@@ -28,7 +28,8 @@
 //! Being called. Nothing answers a connection that somebody else makes to a leaf, but at the ports that
 //! [`Enforcer::answer_at`] was told: then a listener's SYN-ACK passes, and what the socket sends that it leads to.
 //!
-//! Loading needs CAP_BPF and CAP_NET_ADMIN, and is always done by a thread that has given up everything else.
+//! Loading needs CAP_BPF and CAP_NET_ADMIN, before Linux 6.8 CAP_PERFMON too, and is always done by a thread that has given
+//! up everything else.
 
 // The kernel's interface: bpf(2), clone3(2), poll(2), and the promise that map values are plain bytes.
 #![allow(unsafe_code)]
@@ -181,6 +182,11 @@ pub enum KernelError {
     Load(#[from] aya::EbpfError),
     #[error("{program}: {source}")]
     Program { program: &'static str, source: aya::programs::ProgramError },
+    #[error(
+        "the verifier of Linux {release} refuses {program} without CAP_PERFMON: give the gate CAP_PERFMON, or run it \
+         on Linux 6.8 or later ({source})"
+    )]
+    OldVerifier { release: String, program: &'static str, source: aya::programs::ProgramError },
     #[error("pinning {name}: {source}")]
     Pin { name: String, source: aya::pin::PinError },
     #[error("map {map}: {source}")]
@@ -262,11 +268,7 @@ impl Enforcer {
         sys::check_clock()?;
         let lock = pins::lock(&config)?;
         let mode = AttachMode::choose(&config.bpffs, attach)?;
-        let generation = pins::new_generation()?;
-        let loaded = load::with_two_capabilities({
-            let config = config.clone();
-            move || load::load(&config, mode, generation)
-        })?;
+        let (loaded, generation) = load::with_least_capabilities(&config, mode)?;
         let heartbeat = Heartbeat::start(loaded.heartbeat, loaded.control)?;
         let events = events::Reader::start(loaded.events)?;
         let queries = Queries::start(loaded.queries)?;

@@ -32,22 +32,56 @@ pub struct Loaded {
     pub attached: Attached,
 }
 
-/// Runs `work` on a thread that keeps CAP_BPF and CAP_NET_ADMIN and gives up everything else, so that a kernel or a
-/// change of the program that asks for more is found at once and not in somebody's pod.
-pub fn with_two_capabilities<T: Send + 'static>(
+/// Before this, the verifier takes a number on the stack that is written over in halves for a pointer, unless the loader
+/// has CAP_PERFMON (fixed by "bpf: fix check for attempt to corrupt spilled pointer").
+const VERIFIER_TELLS_NUMBERS_FROM_POINTERS: (u32, u32) = (6, 8);
+
+/// Loads with CAP_BPF and CAP_NET_ADMIN alone; with CAP_PERFMON as well where the kernel is too old for less and this
+/// process has it.
+pub fn with_least_capabilities(config: &KernelConfig, mode: AttachMode) -> Result<(Loaded, u64), KernelError> {
+    let attempt = |perfmon| {
+        let (config, generation) = (config.clone(), pins::new_generation()?);
+        with_capabilities(perfmon, move || Ok((load(&config, mode, generation)?, generation)))
+    };
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    match attempt(false) {
+        Err(KernelError::Program { program, source })
+            if version(&release).is_some_and(|version| version < VERIFIER_TELLS_NUMBERS_FROM_POINTERS) =>
+        {
+            let has_perfmon = capabilities(None).is_ok_and(|sets| sets.permitted.contains(CapabilitySet::PERFMON));
+            if !has_perfmon {
+                return Err(KernelError::OldVerifier { release, program, source });
+            }
+            tracing::warn!(release, program, "this kernel's verifier wants CAP_PERFMON too; loading with it");
+            attempt(true)
+        }
+        other => other,
+    }
+}
+
+/// Major and minor number of a kernel release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Runs `work` on a thread that keeps CAP_BPF and CAP_NET_ADMIN, CAP_PERFMON if asked, and gives up everything else, so
+/// that a kernel or a change of the program that asks for more is found at once and not in somebody's pod.
+pub fn with_capabilities<T: Send + 'static>(
+    perfmon: bool,
     work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
 ) -> Result<T, KernelError> {
     let thread = thread::Builder::new()
         .name("kernel-load".into())
         .spawn(move || {
-            reduce()?;
+            reduce(perfmon)?;
             work()
         })
         .map_err(KernelError::io("starting the loading thread"))?;
     thread.join().unwrap_or(Err(KernelError::Missing("result of the loading thread")))
 }
 
-fn reduce() -> Result<(), KernelError> {
+fn reduce(perfmon: bool) -> Result<(), KernelError> {
     let failed = |error: rustix::io::Errno| KernelError::io("capabilities")(error.into());
     let permitted = capabilities(None).map_err(failed)?.permitted;
     for (wanted, name) in [(CapabilitySet::BPF, "CAP_BPF"), (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN")] {
@@ -55,8 +89,11 @@ fn reduce() -> Result<(), KernelError> {
             return Err(KernelError::Privilege(name));
         }
     }
-    let two = CapabilitySet::BPF | CapabilitySet::NET_ADMIN;
-    let sets = CapabilitySets { effective: two, permitted: two, inheritable: CapabilitySet::empty() };
+    let mut least = CapabilitySet::BPF | CapabilitySet::NET_ADMIN;
+    if perfmon {
+        least |= CapabilitySet::PERFMON;
+    }
+    let sets = CapabilitySets { effective: least, permitted: least, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(failed)
 }
 

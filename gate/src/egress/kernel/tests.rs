@@ -178,7 +178,7 @@ fn the_loading_thread_keeps_two_capabilities() {
         u64::from_str_radix(&line, 16).unwrap()
     };
     let before = effective();
-    match load::with_two_capabilities(move || Ok(effective())) {
+    match load::with_capabilities(false, move || Ok(effective())) {
         Ok(found) => assert_eq!(found, 1 << 39 | 1 << 12),
         Err(KernelError::Privilege(name)) => {
             let bit = if name == "CAP_BPF" { 39 } else { 12 };
@@ -195,7 +195,7 @@ fn a_missing_privilege_is_named() {
     let without = std::thread::spawn(|| {
         let none = CapabilitySet::empty();
         set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
-        load::with_two_capabilities(|| Ok(()))
+        load::with_capabilities(false, || Ok(()))
     });
     assert!(matches!(without.join().unwrap(), Err(KernelError::Privilege("CAP_BPF"))));
 }
