@@ -110,13 +110,15 @@ async fn connection<H, F>(
     H: Fn(Peer, Request<Incoming>) -> F + Send + Sync + 'static,
     F: Future<Output = Answer> + Send + 'static,
 {
-    let service = hyper::service::service_fn(move |request| {
+    let stream = patient::Patient::new(stream, limits.write_timeout);
+    let patience = stream.patience();
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(patience.clone());
         let answer = handler(peer, request);
         async move { Ok::<_, Infallible>(answer.await) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout).max_buf_size(64 << 10).half_close(false);
-    let stream = patient::Patient::new(stream, limits.write_timeout);
     let served = http.serve_connection(TokioIo::new(plain::Plain::new(stream)), service).with_upgrades();
     let mut connection = std::pin::pin!(served);
     let outcome = tokio::select! {

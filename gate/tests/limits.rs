@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use latchgate::config::Config;
+use latchgate::config::{Config, ConfineProfile};
 use latchgate::egress::{names, proxy};
 
 /// Constants whose names look like a bound's, and that bound nothing that grows with what somebody sends.
-const NO_BOUNDS: [(&str, &str); 14] = [
+const NO_BOUNDS: [(&str, &str); 16] = [
     ("action/canonical/strict::MAX_DEPTH", "of one JSON value, within a body that is bounded"),
     ("auth/lease::MAX_TTL_SECONDS", "stands as auth.lease_ttl_seconds"),
     ("egress/client_hello::MAX_FRAGMENT", "of the format (RFC 8446 §5.1)"),
@@ -16,6 +16,8 @@ const NO_BOUNDS: [(&str, &str); 14] = [
     ("egress/names/message::MAX_DATAGRAM_BYTES", "of an answer, which is made here"),
     ("egress/terminate::KEPT_TIME", "how long a certificate is used"),
     ("sandbox/protocol::DETAIL_MAX_BYTES", "of a message between the gate's own processes"),
+    ("doctor/inflate::MAX_BYTES", "of the kernel's own configuration, which doctor reads"),
+    ("selftest/targets::MAX_UNIX_PATH", "of the format (unix(7))"),
     ("ledger/record::MAX_INTEGER", "what JSON can say"),
     ("ledger/record::MAX_DEPTH", "of one JSON value, within a record that is bounded"),
     ("ledger/verify::MAX_PROBLEMS", "of a report"),
@@ -50,6 +52,7 @@ fn the_document_has_every_bound_with_its_value_and_no_other() {
 /// The bounds that a configuration sets, by key.
 fn config() -> BTreeMap<String, u128> {
     let Config { auth, egress, sandbox, limits, .. } = Config::default();
+    let profile = ConfineProfile::default();
     [
         ("auth.lease_ttl_seconds", u128::from(auth.lease_ttl_seconds)),
         ("auth.max_live_proofs_per_key", u128::from(auth.max_live_proofs_per_key)),
@@ -63,6 +66,8 @@ fn config() -> BTreeMap<String, u128> {
         ("sandbox.stderr_bytes", u128::from(sandbox.stderr_bytes)),
         ("sandbox.max_concurrent", sandbox.max_concurrent as u128),
         ("sandbox.max_waiting", sandbox.max_waiting as u128),
+        ("profiles.NAME.memory_mb", u128::from(profile.memory_mb) << 20),
+        ("profiles.NAME.max_processes", u128::from(profile.max_processes)),
         ("limits.max_request_bytes", limits.max_request_bytes as u128),
         ("limits.max_body_bytes_in_flight", limits.max_body_bytes_in_flight as u128),
         ("limits.max_connections", limits.max_connections as u128),
@@ -143,6 +148,10 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
+/// What a bound is called.
+const BOUNDS: [&str; 10] =
+    ["MAX", "KEPT", "LEAF", "LIMIT", "STRANGERS", "QUEUE", "BURST", "PATIENCE", "GRACE", "AGAIN"];
+
 fn read(path: &Path, place: &str, found: &mut BTreeMap<String, u128>) {
     let text = std::fs::read_to_string(path).unwrap();
     for line in text.lines() {
@@ -150,8 +159,9 @@ fn read(path: &Path, place: &str, found: &mut BTreeMap<String, u128>) {
         let Some((name, rest)) = rest.split_once(": ") else { continue };
         let Some((kind, value)) = rest.split_once(" = ") else { continue };
         let words: Vec<&str> = name.split('_').collect();
-        let bound = ["MAX", "KEPT", "LEAF", "LIMIT", "STRANGERS", "QUEUE"].iter().any(|word| words.contains(word))
-            || ["_PER_SECOND", "_INODES"].iter().any(|end| name.ends_with(end));
+        let bound = BOUNDS.iter().any(|word| words.contains(word))
+            || ["_PER_SECOND", "_INODES", "_BUFFER", "START_TIME"].iter().any(|end| name.ends_with(end))
+            || (place == "pipeline/dispatch/attempts");
         let counts = ["usize", "u64", "u32", "u16", "i64", "Duration"].contains(&kind);
         if bound && counts && name.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_') {
             let value = value.split(';').next().unwrap();

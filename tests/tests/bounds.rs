@@ -165,6 +165,61 @@ print(json.dumps({"most": most, "turned_away": turned_away, "late": late, "tried
 }
 
 #[test]
+fn a_receipt_says_what_it_has_no_room_for() {
+    const MADE: u64 = 4_150;
+    if cannot() {
+        return;
+    }
+    // A long name in each of more connections than are recorded one by one.
+    let (address, label) = ("127.79.1.9", "a-long-label-of-a-name".repeat(2));
+    let name = format!("{label}.{label}.{label}.{label}.test");
+    let port = origin(address);
+    // As other commands here, with more time.
+    let crowd = format!(
+        "action_id: crowd\nversion: \"1.0.0\"\nprovider_module_digest: builtin:command\ncommand:\n  argv:\n    - /bin/sh\n    - -c\n    - |\n      \
+         {}\nio:\n  request_schema: {{type: object}}\n  max_request_bytes: 65536\n  max_response_bytes: 1048576\n\
+         resource_limits: {{memory_mb: 256, timeout_seconds: 120}}\negress: {{profile: proxy_allowlist, \
+         allowed_domains: [{{domain: {name}, ports: [{port}], exact: true, protocol: tcp}}]}}\nrisk_level: low\nverifier_kind: none\n",
+        python()
+    );
+    let gate = Setup::new("bound-receipt")
+        .config("[sandbox]\nnetwork = \"shared\"\n")
+        .config(&format!(
+            "[egress]\nallow_addresses = [\"{address}/32\"]\nconnections_burst = 10000\nconnections_per_second = 10000\n\
+             [egress.hosts]\n\"{name}\" = [\"{address}\"]\n"
+        ))
+        .manifest("crowd", &crowd)
+        .start();
+    let connect = r#"
+import socket
+to, answered = socket.gethostbyname(p["name"]), 0
+for _ in range(p["made"]):
+    with socket.create_connection((to, p["port"]), timeout=15) as s:
+        s.sendall(b"x")
+        try:
+            answered += s.recv(1) == b"x"
+        except OSError:
+            pass
+print(json.dumps({"answered": answered}))
+"#;
+    let agent = Agent::connect(&gate.agent());
+    let params = json!({"name": name, "port": port, "made": MADE});
+    let (said, receipt) = inside(&agent, "crowd", connect, &params);
+    assert_eq!(said["answered"], 4_096, "the others are past the bound");
+    let evidence = receipt["egress_evidence"].as_array().unwrap();
+    let summary = &evidence[0];
+    assert_eq!(summary["incomplete"], true, "{summary}");
+    assert_eq!(summary["proxy"]["connections"], 4_096, "all are in the sums: {summary}");
+    let (kept, left_out) = (evidence.len() as u64 - 1, summary["left_out"].as_u64().unwrap());
+    // One record stands for those past the bound.
+    assert_eq!(kept + left_out, 4_096 + 1, "{summary}");
+    assert!(kept > 1_000 && left_out > 100, "{kept} kept, {left_out} left out");
+    assert!(evidence[1..].iter().all(|flow| flow["name"] == name.as_str() && flow["agreement"] == "equal"));
+    assert!(receipt.to_string().len() < 4 << 20);
+    latchgate_tests::inside::verified(&gate);
+}
+
+#[test]
 fn refusals_of_the_kernel_of_one_execution() {
     if cannot() {
         return;

@@ -199,6 +199,13 @@ fn what_gets_out_is_the_exit_code_and_the_status() {
     assert_eq!((code, &result["outcome"]), (1, &json!("failed")), "{result}");
     let (_, status, _) = operator(&gate, &["status"]);
     assert!(status.contains("not_ready") && status.contains("FAILED at"), "{status}");
+    assert!(status.contains("with guards off: seccomp:socket_families"), "{status}");
+    // A session is held back as an action is.
+    let mut session = latchgate_tests::session::arguments(&gate, "none");
+    session.extend(["--", "/bin/sh", "-c", "echo r''an"].map(str::to_owned));
+    let (code, said, error) = gate.cli(&session.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_ne!(code, 0);
+    assert!(error.contains("the gate is not ready: self-test: gets out: ") && !said.contains("ran"), "{said}{error}");
 }
 
 /// Ends a gate and starts it again; what the log of the new one says of the self-test.

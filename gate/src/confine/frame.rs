@@ -47,15 +47,20 @@ impl Frame {
         })
     }
 
+    fn append_to(&self, wire: &mut Vec<u8>) {
+        let (kind, bytes) = self.parts();
+        wire.push(kind);
+        // One that does not fit its length is refused by whoever reads it.
+        wire.extend_from_slice(&u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
+        wire.extend_from_slice(&bytes);
+    }
+
     /// # Errors
     /// Those of the connection.
     pub async fn write(&self, to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-        let (kind, bytes) = self.parts();
-        let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-        let mut whole = vec![kind];
-        whole.extend_from_slice(&length.to_le_bytes());
-        whole.extend_from_slice(&bytes);
-        to.write_all(&whole).await?;
+        let mut wire = Vec::new();
+        self.append_to(&mut wire);
+        to.write_all(&wire).await?;
         to.flush().await
     }
 
@@ -80,9 +85,57 @@ impl Frame {
     }
 }
 
+/// Frames on their way to somebody who may take none for a while. Whoever gives up waiting leaves no half of a frame behind:
+/// what is not sent stays here, before whatever comes next.
+pub struct Outbox<W> {
+    to: W,
+    unsent: Vec<u8>,
+}
+
+impl<W: AsyncWrite + Unpin> Outbox<W> {
+    pub const fn new(to: W) -> Self {
+        Self { to, unsent: Vec::new() }
+    }
+
+    pub fn put(&mut self, frame: &Frame) {
+        frame.append_to(&mut self.unsent);
+    }
+
+    /// Waits until everything is sent. May be given up at any point.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn send(&mut self) -> io::Result<()> {
+        while !self.unsent.is_empty() {
+            match self.to.write(&self.unsent).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                sent => drop(self.unsent.drain(..sent)),
+            }
+        }
+        self.to.flush().await
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[tokio::test]
+    async fn what_was_given_up_in_the_middle_is_sent_before_the_next() {
+        let (to, mut from) = tokio::io::duplex(100);
+        let mut outbox = Outbox::new(to);
+        let frames = [Frame::Output(vec![b'x'; 1000]), Frame::Ended(b"{}".to_vec())];
+        outbox.put(&frames[0]);
+        assert!(tokio::time::timeout(Duration::from_millis(20), outbox.send()).await.is_err(), "nobody reads");
+        outbox.put(&frames[1]);
+        let sent = tokio::spawn(async move { outbox.send().await });
+        for frame in frames {
+            assert_eq!(Frame::read(&mut from).await.unwrap(), Some(frame));
+        }
+        sent.await.unwrap().unwrap();
+    }
 
     #[tokio::test]
     async fn frames_come_back_as_they_were() {

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
 use tokio::sync::{oneshot, watch};
 
-use super::frame::Frame;
+use super::frame::{Frame, Outbox};
 use super::record::{self, Ended, Intended};
 use super::{Asked, HeldProfile};
 use crate::auth::peer;
@@ -19,7 +19,7 @@ use crate::config;
 use crate::egress::flows::Owner;
 use crate::egress::profile::EntryProtocol;
 use crate::executions::Registered;
-use crate::gate::{Gate, Running};
+use crate::gate::{Gate, Readiness, Running};
 use crate::pipeline::dispatch::{EgressEvidence, Held, Hold, PROXY_VARIABLES};
 use crate::pipeline::{Ids, Refusal};
 use crate::sandbox::session::{Device, Size};
@@ -29,7 +29,7 @@ use crate::server::{self, ConnectionLimits};
 
 /// What a program has between SIGHUP and the end, when its client went away or the gate is stopping.
 const HANGUP_GRACE: Duration = Duration::from_secs(5);
-/// What is written after the program's end is waited for so long.
+/// What the program left on its terminal is read for so long.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// What the program does not read in this time is lost: behind it come signals, and the end of the client.
 const INPUT_PATIENCE: Duration = Duration::from_secs(30);
@@ -69,15 +69,19 @@ impl Planned {
 /// Judges a request. What it gives is to be run with the connection that the client has then.
 ///
 /// # Errors
-/// [`Refusal`] for an unknown profile or listener, a directory that cannot be shown, or a gate that is stopping or full.
+/// [`Refusal`] for an unknown profile or listener, a directory that cannot be shown, or a gate that is stopping, full or not
+/// ready: what could not be held, or recorded, is not begun.
 pub fn begin(gate: &Arc<Gate>, asked: Asked, operator: (&str, &str), peer: Peer) -> Result<Ready, Refusal> {
     let invalid = |message: String| Refusal::InvalidRequest { message };
+    let place = Arc::clone(&gate.sessions).try_acquire_owned().map_err(|_| Refusal::Busy)?;
+    let running = gate.enter().ok_or(Refusal::Busy)?;
+    // After it is counted: a drain that began meanwhile either sees it or is seen here.
     if gate.is_draining() {
         return Err(Refusal::Draining);
     }
-    gate.enforcer.health().map_err(|error| Refusal::Internal { message: error.to_string() })?;
-    let place = Arc::clone(&gate.sessions).try_acquire_owned().map_err(|_| Refusal::Busy)?;
-    let running = gate.enter().ok_or(Refusal::Busy)?;
+    if let Readiness::NotReady(reason) = gate.readiness() {
+        return Err(Refusal::Conflict { message: format!("the gate is not ready: {reason}") });
+    }
     let Some(profile) = gate.confined.named(&asked.profile) else {
         let names: Vec<&str> = gate.confined.names().collect();
         return Err(invalid(format!("no profile `{}`; there are: {}", asked.profile, names.join(", "))));
@@ -140,14 +144,14 @@ impl Ready {
     /// Runs it to its end and tells the client. It ends if the client goes away.
     pub async fn run(self, ids: Ids, client: impl AsyncRead + AsyncWrite + Send) {
         let (gate, planned) = (&self.gate, &self.planned);
-        let (from, mut to) = tokio::io::split(client);
+        let (from, to) = tokio::io::split(client);
+        let mut to = Outbox::new(to);
         let intended = match record::intend(gate, planned, &ids).await {
             Ok(intended) => intended,
             Err(error) => {
                 tracing::error!(%error, decision_id = ids.decision_id, "a session has no intent, so it does not run");
                 let last = json!({"exit_code": 255, "error": "the intent could not be made durable"});
-                let _ = Frame::Ended(last.to_string().into_bytes()).write(&mut to).await;
-                return;
+                return last_word(gate, &mut to, &last).await;
             }
         };
         let execution = gate.executions.register(intended.execution(planned, &ids));
@@ -174,7 +178,22 @@ impl Ready {
                 last["error"] = json!("the receipt could not be made durable");
             }
         }
-        let _ = Frame::Ended(last.to_string().into_bytes()).write(&mut to).await;
+        last_word(gate, &mut to, &last).await;
+    }
+}
+
+/// Tells the client how it ended. One that reads nothing is waited for as any client is, and not by a gate that is stopping.
+async fn last_word(gate: &Gate, to: &mut Outbox<impl AsyncWrite + Unpin>, last: &serde_json::Value) {
+    to.put(&Frame::Ended(last.to_string().into_bytes()));
+    let stopping = async {
+        drained(gate).await;
+        tokio::time::sleep(HANGUP_GRACE).await;
+    };
+    tokio::select! {
+        _ = to.send() => {}
+        () = tokio::time::sleep(Duration::from_secs(gate.config.limits.write_timeout_seconds)) => {}
+        () = stopping => {}
+        () = gate.cancelled() => {}
     }
 }
 
@@ -186,7 +205,7 @@ async fn run(
     ids: &Ids,
     execution: &Registered,
     from: impl AsyncRead + Unpin + Send,
-    to: &mut (impl AsyncWrite + Unpin + Send),
+    to: &mut Outbox<impl AsyncWrite + Unpin + Send>,
 ) -> (Ended, EgressEvidence) {
     let not_started = |error: String| (Ended::NotStarted(error), EgressEvidence::default());
     let leaf = match gate.cgroups.leaf() {
@@ -285,7 +304,7 @@ async fn on_terminal(
     held: &mut Held<'_>,
     execution: &Registered,
     from: impl AsyncRead + Unpin + Send,
-    to: &mut (impl AsyncWrite + Unpin + Send),
+    to: &mut Outbox<impl AsyncWrite + Unpin + Send>,
 ) -> Ended {
     let (terminal, device): (Terminal, Device) = match Terminal::open(planned.size, planned.echo) {
         Ok(made) => made,
@@ -297,28 +316,30 @@ async fn on_terminal(
     };
     let take = async |listeners| held.services().listen(listeners);
     let mut run = pin!(gate.runner.run_session(leaf, job, device, take, cancelled));
-    let why = {
+    let stopped = {
         let mut output = pin!(output(&terminal, to));
         let mut input = pin!(input(gate, leaf, &terminal, from));
         let mut drained = pin!(drained(gate));
         let mut silent = false;
         loop {
             tokio::select! {
-                ended = &mut run => {
-                    if !silent {
-                        let _ = tokio::time::timeout(LAST_OUTPUT, &mut output).await;
-                    }
-                    return of_exit(ended);
-                }
-                () = execution.killed() => break Why::Now,
-                () = gate.cancelled() => break Why::Now,
+                ended = &mut run => break Err(ended),
+                () = execution.killed() => break Ok(Why::Now),
+                () = gate.cancelled() => break Ok(Why::Now),
                 client = &mut output, if !silent => match client {
                     Ok(()) => silent = true,
-                    Err(_) => break Why::HungUp,
+                    Err(_) => break Ok(Why::HungUp),
                 },
-                () = &mut input => break Why::HungUp,
-                () = &mut drained => break Why::Drained,
+                () = &mut input => break Ok(Why::HungUp),
+                () = &mut drained => break Ok(Why::Drained),
             }
+        }
+    };
+    let why = match stopped {
+        Ok(why) => why,
+        Err(ended) => {
+            let _ = tokio::time::timeout(LAST_OUTPUT, rest(&terminal, to)).await;
+            return of_exit(ended);
         }
     };
     // The kernel sends SIGHUP to the session of a terminal whose other end is closed.
@@ -363,15 +384,25 @@ fn of_exit(ended: Result<Exit, SandboxError>) -> Ended {
     }
 }
 
-/// Until nothing has the program's end open; an error is the client's.
-async fn output(terminal: &Terminal, to: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
+/// Until nothing has the program's end open; an error is the client's. While the client takes nothing, nothing more is
+/// read, and the program waits as on any terminal that is paused.
+async fn output(terminal: &Terminal, to: &mut Outbox<impl AsyncWrite + Unpin>) -> std::io::Result<()> {
     let mut chunk = vec![0; 16 << 10];
     loop {
+        to.send().await?;
         let read = terminal.read(&mut chunk).await.unwrap_or(0);
         match chunk.get(..read) {
-            Some(piece) if read > 0 => Frame::Output(piece.to_vec()).write(to).await?,
+            Some(piece) if read > 0 => to.put(&Frame::Output(piece.to_vec())),
             _ => return Ok(()),
         }
+    }
+}
+
+/// What is left on the terminal of a program that is gone: a terminal's buffer at most.
+async fn rest(terminal: &Terminal, to: &mut Outbox<impl AsyncWrite + Unpin>) {
+    let mut chunk = vec![0; 16 << 10];
+    while let Ok(read @ 1..) = terminal.read(&mut chunk).await {
+        to.put(&Frame::Output(chunk.get(..read).unwrap_or_default().to_vec()));
     }
 }
 

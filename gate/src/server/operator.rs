@@ -18,8 +18,8 @@ use crate::auth::operator::AuthenticatedOperator;
 use crate::gate::{Gate, Readiness};
 use crate::ledger::EventDraft;
 use crate::pipeline::{Ids, Refusal, Refused};
-use crate::selftest;
 use crate::time::Timestamp;
+use crate::{guards, selftest};
 
 /// Bases that an operator's proof may name.
 const BASES: [&str; 2] = ["http://localhost", "http://latchgate-operator"];
@@ -210,6 +210,8 @@ fn status(gate: &Gate) -> serde_json::Value {
         "actions": gate.registry.actions().count(),
         "running": gate.running(),
         "selftest": gate.selftest.line(),
+        // Of a build for tests, those that are off; nothing in any other.
+        "guards": guards::warning(),
         "unsafe_audit": gate.registry.in_audit().collect::<Vec<_>>(),
         // Where no namespace could be had, the start went on with one wall: here it shows.
         "network": if gate.network == crate::sandbox::Network::Shared { "shared" } else { "isolated" },

@@ -3,9 +3,14 @@
 //! While writing does not go on, time is counted, from the moment that everything before was taken; past
 //! [`Patient::new`]'s limit, and a second more for every [`MIN_BYTES_PER_SECOND`] that were taken meanwhile, the
 //! connection is broken off. So neither one that reads nothing nor one that reads a byte now and then holds an answer.
+//!
+//! A connection that became a session's is another matter: its user may pause the terminal for as long as they like, and
+//! the session holds little meanwhile. [`Patience::without_end`] is for whoever takes such a connection over.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -15,10 +20,22 @@ use tokio::time::{Instant, Sleep};
 /// The slowest reader that is waited for, beside the limit of time.
 pub const MIN_BYTES_PER_SECOND: u64 = 16 << 10;
 
+/// Whether a stream's other end is waited for without end; each request has that of its connection.
+#[derive(Clone, Debug, Default)]
+pub struct Patience(Arc<AtomicBool>);
+
+impl Patience {
+    /// From now on the stream waits. Whoever calls this bounds what is written by itself.
+    pub fn without_end(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// The stream.
 pub struct Patient<S> {
     inner: S,
     limit: Duration,
+    patience: Patience,
     /// What was taken since the last time that nothing was left.
     taken: u64,
     waiting: Option<Waiting>,
@@ -31,12 +48,19 @@ struct Waiting {
 
 impl<S> Patient<S> {
     /// `limit`: how long the other end may take nothing.
-    pub const fn new(inner: S, limit: Duration) -> Self {
-        Self { inner, limit, taken: 0, waiting: None }
+    pub fn new(inner: S, limit: Duration) -> Self {
+        Self { inner, limit, patience: Patience::default(), taken: 0, waiting: None }
+    }
+
+    pub fn patience(&self) -> Patience {
+        self.patience.clone()
     }
 
     /// Waits with the inner stream; an error once that was too long.
     fn wait<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if self.patience.0.load(Ordering::Relaxed) {
+            return Poll::Pending;
+        }
         let limit =
             self.limit.saturating_add(Duration::from_millis(self.taken.saturating_mul(1000) / MIN_BYTES_PER_SECOND));
         let waiting = self.waiting.get_or_insert_with(|| {
@@ -106,6 +130,19 @@ mod tests {
         let error = stream.write_all(&[0; 4096]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!((LIMIT..LIMIT * 5).contains(&began.elapsed()), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn who_is_waited_for_without_end_may_read_when_he_likes() {
+        let (mine, mut theirs) = tokio::io::duplex(1024);
+        let mut stream = Patient::new(mine, LIMIT);
+        stream.patience().without_end();
+        let late = async {
+            tokio::time::sleep(LIMIT * 3).await;
+            theirs.read_exact(&mut [0; 4096]).await.unwrap();
+        };
+        let (written, ()) = tokio::join!(stream.write_all(&[0; 4096]), late);
+        written.unwrap();
     }
 
     #[tokio::test]

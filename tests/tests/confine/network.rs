@@ -9,8 +9,7 @@ use latchgate_tests::session::Session;
 
 use super::gate;
 
-const NAMES: &str =
-    "[egress]\nallow_addresses = [\"127.0.71.80/32\"]\n[egress.hosts]\n\"model.test\" = [\"127.0.71.80\"]\n";
+const NAMES: &str = "allow_addresses = [\"127.0.71.80/32\"]\n[egress.hosts]\n\"model.test\" = [\"127.0.71.80\"]\n";
 
 #[test]
 fn a_session_reaches_its_profiles_names_and_is_recorded() {
@@ -20,11 +19,11 @@ fn a_session_reaches_its_profiles_names_and_is_recorded() {
     let origin = Counting::tcp("127.0.71.80:0");
     let elsewhere = Counting::tcp("127.0.71.81:0");
     let port = origin.address.port();
-    for network in ["shared", "isolated"] {
+    for (network, attach) in [("shared", "pinned"), ("isolated", "pinned"), ("isolated", "multi")] {
         let (gate, work) = gate(
             "model",
             &format!(
-                "[sandbox]\nnetwork = \"{network}\"\n{NAMES}[profiles.model]\nallowed_domains = [{{domain = \"model.test\", ports = [{port}], protocol = \"http\", exact = true}}]\n"
+                "[sandbox]\nnetwork = \"{network}\"\n[egress]\nattach = \"{attach}\"\n{NAMES}[profiles.model]\nallowed_domains = [{{domain = \"model.test\", ports = [{port}], protocol = \"http\", exact = true}}]\n"
             ),
         );
         let before = (origin.reached(), elsewhere.reached());

@@ -86,3 +86,45 @@ fn without_a_terminal_bytes_pass_and_input_ends() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "one\ntwo\nend\n", "{output:?}");
     assert_eq!(output.status.code(), Some(128 + 9), "{output:?}");
 }
+
+#[test]
+fn a_paused_terminal_loses_nothing_and_ends_nothing() {
+    use rustix::process::Signal;
+    const LINES: usize = 200_000;
+    let (gate, work) = gate("paused", "[limits]\nwrite_timeout_seconds = 1\n");
+    let flood = format!("echo r''eady; seq -f 'line %.0f' 1 {LINES}; echo d''one; exit 4");
+    let mut session = Session::start(&gate, "none", &work, &["/bin/sh", "-c", &flood]);
+    session.see("ready");
+    session.signal(Signal::STOP);
+    // Several times what an agent is waited for.
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    assert!(!session.shown().contains("done"), "the client was paused in the middle");
+    session.signal(Signal::CONT);
+    session.see("done");
+    assert_eq!(session.end().code(), Some(4));
+    let shown = session.shown();
+    let seen: Vec<usize> = shown.lines().filter_map(|line| line.trim().strip_prefix("line ")?.parse().ok()).collect();
+    assert!(seen.iter().copied().eq(1..=LINES), "{} lines", seen.len());
+
+    // Killed while its client is paused in the middle of what it wrote: the last word still comes as one.
+    let mut session =
+        Session::start(&gate, "none", &work, &["/bin/sh", "-c", "echo r''eady; while :; do echo and more of it; done"]);
+    session.see("ready");
+    session.signal(Signal::STOP);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let running = latchgate_tests::operator::lines(&gate, &["executions", "list", "--json"]);
+    let id = running[0]["id"].as_str().unwrap().to_owned();
+    let killing = std::thread::spawn({
+        let signal = rustix::process::Pid::from_raw(i32::try_from(session.client.id()).unwrap()).unwrap();
+        move || {
+            std::thread::sleep(std::time::Duration::from_millis(500));
+            rustix::process::kill_process(signal, Signal::CONT).unwrap();
+        }
+    });
+    let (code, _, error) = latchgate_tests::operator::operate(&gate, &["executions", "kill", &id]);
+    assert_eq!(code, 0, "{error}");
+    killing.join().unwrap();
+    assert_eq!(session.end().code(), Some(255));
+    let shown = session.shown();
+    assert!(shown.contains("killed by tester"), "{}", &shown[shown.len().saturating_sub(300)..]);
+}

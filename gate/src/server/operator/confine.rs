@@ -13,6 +13,7 @@ use super::Call;
 use crate::confine::{self, Asked, MAX_REQUEST_BYTES, frame};
 use crate::gate::Gate;
 use crate::pipeline::Refusal;
+use crate::server::patient::Patience;
 use crate::server::{Answer, body};
 
 /// Judges the request and switches protocols; the session runs from there on, in a task of its own.
@@ -33,9 +34,14 @@ pub async fn begin(
     let jkt = call.operator.key().thumbprint();
     let ready = confine::begin(gate, asked, (call.operator.name(), &jkt), call.peer)?;
     let ids = call.ids.clone();
+    let patience = call.parts.extensions.get::<Patience>().cloned();
     tokio::spawn(async move {
         match upgrade.await {
-            Ok(client) => ready.run(ids, TokioIo::new(client)).await,
+            Ok(client) => {
+                // Whoever sits before a terminal may pause it.
+                patience.inspect(Patience::without_end);
+                ready.run(ids, TokioIo::new(client)).await;
+            }
             // Nothing was begun.
             Err(error) => tracing::debug!(%error, "a session's client went away"),
         }
