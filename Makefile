@@ -39,9 +39,10 @@ bench: setup-test ## what holding costs, as ratios of one run; on a machine that
 	cargo bench --package latchgate-tests --bench ratios --no-run
 	$(PRIVATE) cargo bench --quiet --package latchgate-tests --bench ratios
 
-soak: setup-test ## 5,000 executions: what is held after them is what was held before
+soak: setup-test ## 5,000 executions: what is held after them is what was held before; 1,000 upgrades under attack
 	cargo build --package latchgate
 	$(PRIVATE) env LATCHGATE_SOAK=$(or $(EXECUTIONS),5000) cargo test --package latchgate-tests --test soak -- --nocapture
+	$(PRIVATE) env LATCHGATE_UPGRADES=$(or $(UPGRADES),1000) cargo test --package latchgate-tests --test kernel -- --nocapture no_upgrade
 
 test-kernel-6.1: ## the suites that meet the kernel, on Debian's 6.1 under an emulated processor (slow)
 	CACHE=$(CACHE) scripts/kernel-6.1.sh $(SUITES)
