@@ -159,11 +159,16 @@ impl Setup {
     /// The same with so much memory; without a memory controller that bounds the address space, of which some programs
     /// reserve a lot.
     pub fn roomy_command(self, id: &str, script: &str, egress: &str, memory_mb: u32) -> Self {
+        self.bounded_command(id, script, egress, memory_mb, 20)
+    }
+
+    /// The same with so much time.
+    pub fn bounded_command(self, id: &str, script: &str, egress: &str, memory_mb: u32, seconds: u32) -> Self {
         let script = script.trim().replace('\n', "\n      ");
         let yaml = format!(
             "action_id: {id}\nversion: \"1.0.0\"\nprovider_module_digest: builtin:command\ncommand:\n  argv:\n    - /bin/sh\n    - -c\n    - |\n      {script}\n\
              io:\n  request_schema: {{type: object}}\n  max_request_bytes: 65536\n  max_response_bytes: 1048576\n\
-             resource_limits: {{memory_mb: {memory_mb}, timeout_seconds: 20}}\negress: {egress}\nrisk_level: low\nverifier_kind: none\n"
+             resource_limits: {{memory_mb: {memory_mb}, timeout_seconds: {seconds}}}\negress: {egress}\nrisk_level: low\nverifier_kind: none\n"
         );
         self.manifest(id, &yaml)
     }

@@ -5,11 +5,10 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::time::{Duration, Instant};
 
-use latchgate::auth::operator_key::OperatorKeyFile;
 use latchgate_tests::agent::Agent;
 use latchgate_tests::gate::{Gate, Setup};
+use latchgate_tests::operator::{heard, lines, with_operator};
 use serde_json::{Value, json};
 
 const NAME: &str = "origin.agreement.test";
@@ -108,23 +107,12 @@ impl World {
         let egress = format!(
             "{{profile: proxy_allowlist, allowed_domains: [{{domain: {NAME}, ports: [{port}], protocol: tcp, exact: true}}]}}"
         );
-        let script = RUN.trim().replace('\n', "\n      ");
-        let short = format!(
-            "action_id: short\nversion: \"1.0.0\"\nprovider_module_digest: builtin:command\ncommand:\n  argv:\n    - /bin/sh\n    - -c\n    - |\n      {script}\n\
-             io:\n  request_schema: {{type: object}}\n  max_request_bytes: 65536\n  max_response_bytes: 1048576\n\
-             resource_limits: {{memory_mb: 512, timeout_seconds: 4}}\negress: {egress}\nrisk_level: low\nverifier_kind: none\n"
-        );
-        let setup = Setup::new(&format!("agreement-{network}"));
-        let key = OperatorKeyFile::load_or_create(&setup.directory.join("operator.json"), "tester").unwrap();
-        let gate = setup
+        let gate = with_operator(Setup::new(&format!("agreement-{network}")))
             .roomy_command("run", RUN, &egress, 4_096)
-            .manifest("short", &short)
+            .bounded_command("short", RUN, &egress, 512, 4)
             .config(&format!(
                 "[sandbox]\nnetwork = \"{network}\"\n\n[egress]\nallow_addresses = [\"127.0.0.0/8\"]\n\n\
-                 [egress.hosts]\n\"{NAME}\" = [\"127.0.0.1\"]\n\n\
-                 [[operators.keys]]\nname = \"tester\"\ndpop_jkt = \"{}\"\napi_key_hash = \"{}\"\n",
-                key.jkt(),
-                key.api_key_hash()
+                 [egress.hosts]\n\"{NAME}\" = [\"127.0.0.1\"]\n"
             ))
             .start();
         let agent = Agent::connect(&gate.agent());
@@ -144,18 +132,8 @@ impl World {
 
     /// The flows of the journal, once an operator is listened to.
     fn journal(&self) -> Vec<Value> {
-        let (socket, key) =
-            (self.gate.directory().join("operator/operator.sock"), self.gate.directory().join("operator.json"));
-        let began = Instant::now();
-        loop {
-            let paths = ["--socket", socket.to_str().unwrap(), "--key", key.to_str().unwrap()];
-            let (code, out, err) = self.gate.cli(&[&["egress", "flows", "--limit", "1000"], &paths[..]].concat());
-            if code == 0 {
-                return out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-            }
-            assert!(began.elapsed() < Duration::from_secs(20), "{err}");
-            std::thread::sleep(Duration::from_millis(500));
-        }
+        heard(&self.gate);
+        lines(&self.gate, &["egress", "flows", "--limit", "1000"])
     }
 }
 

@@ -174,13 +174,8 @@ fn a_receipt_says_what_it_has_no_room_for() {
     let (address, label) = ("127.79.1.9", "a-long-label-of-a-name".repeat(2));
     let name = format!("{label}.{label}.{label}.{label}.test");
     let port = origin(address);
-    // As other commands here, with more time.
-    let crowd = format!(
-        "action_id: crowd\nversion: \"1.0.0\"\nprovider_module_digest: builtin:command\ncommand:\n  argv:\n    - /bin/sh\n    - -c\n    - |\n      \
-         {}\nio:\n  request_schema: {{type: object}}\n  max_request_bytes: 65536\n  max_response_bytes: 1048576\n\
-         resource_limits: {{memory_mb: 256, timeout_seconds: 120}}\negress: {{profile: proxy_allowlist, \
-         allowed_domains: [{{domain: {name}, ports: [{port}], exact: true, protocol: tcp}}]}}\nrisk_level: low\nverifier_kind: none\n",
-        python()
+    let reach = format!(
+        "{{profile: proxy_allowlist, allowed_domains: [{{domain: {name}, ports: [{port}], exact: true, protocol: tcp}}]}}"
     );
     let gate = Setup::new("bound-receipt")
         .config("[sandbox]\nnetwork = \"shared\"\n")
@@ -188,7 +183,7 @@ fn a_receipt_says_what_it_has_no_room_for() {
             "[egress]\nallow_addresses = [\"{address}/32\"]\nconnections_burst = 10000\nconnections_per_second = 10000\n\
              [egress.hosts]\n\"{name}\" = [\"{address}\"]\n"
         ))
-        .manifest("crowd", &crowd)
+        .bounded_command("crowd", &python(), &reach, 256, 120)
         .start();
     let connect = r#"
 import socket

@@ -6,9 +6,9 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use latchgate::auth::operator_key::OperatorKeyFile;
 use latchgate_tests::agent::Agent;
 use latchgate_tests::gate::{Gate, Setup, binary};
+use latchgate_tests::operator::{heard, operate, with_operator};
 use latchgate_tests::skip;
 use serde_json::{Value, json};
 
@@ -24,32 +24,15 @@ fn gate(name: &str) -> Option<Gate> {
         skip("a real gate needs root");
         return None;
     }
-    let setup = Setup::new(name);
-    let key = OperatorKeyFile::load_or_create(&setup.directory.join("operator.json"), "tester").unwrap();
-    let keys = format!(
-        "[[operators.keys]]\nname = \"tester\"\ndpop_jkt = \"{}\"\napi_key_hash = \"{}\"\n\n\
-         [egress.hosts]\n\"inside.test\" = [\"127.0.0.1\"]\n",
-        key.jkt(),
-        key.api_key_hash()
-    );
+    let setup = with_operator(Setup::new(name)).config("[egress.hosts]\n\"inside.test\" = [\"127.0.0.1\"]\n");
     let reach = "{profile: proxy_allowlist, allowed_domains: [inside.test, {domain: ported.test, ports: [8443]}]}";
-    let gate = setup.config(&keys).fetch("fetch", reach).command("around", AROUND, reach).start();
-    // A gate that has just begun to remember proofs takes none of an operator that could be older.
-    let began = Instant::now();
-    while egress(&gate, &["profiles"]).0 != 0 {
-        assert!(began.elapsed() < Duration::from_secs(20), "operators are refused: {}", gate.log_text());
-        std::thread::sleep(Duration::from_millis(500));
-    }
+    let gate = setup.fetch("fetch", reach).command("around", AROUND, reach).start();
+    heard(&gate);
     Some(gate)
 }
 
 fn egress(gate: &Gate, arguments: &[&str]) -> (i32, String, String) {
-    let socket = gate.directory().join("operator/operator.sock");
-    let key = gate.directory().join("operator.json");
-    let mut all = vec!["egress"];
-    all.extend(arguments);
-    all.extend(["--socket", socket.to_str().unwrap(), "--key", key.to_str().unwrap()]);
-    gate.cli(&all)
+    operate(gate, &[&["egress"], arguments].concat())
 }
 
 fn flows(gate: &Gate, arguments: &[&str]) -> Vec<Value> {

@@ -3,12 +3,11 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::expect_used)]
 
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use latchgate::auth::operator_key::OperatorKeyFile;
 use latchgate_tests::agent::Agent;
 use latchgate_tests::gate::{Gate, Setup};
 use latchgate_tests::inside::{leaves, verified};
+use latchgate_tests::operator::{heard, operate, with_operator};
 use latchgate_tests::{http, skip};
 use serde_json::{Value, json};
 
@@ -19,35 +18,11 @@ fn setup(name: &str) -> Option<Setup> {
         skip("a real gate needs root");
         return None;
     }
-    let setup = Setup::new(name);
-    let key = OperatorKeyFile::load_or_create(&setup.directory.join("operator.json"), "tester").unwrap();
-    let keys = format!(
-        "[[operators.keys]]\nname = \"tester\"\ndpop_jkt = \"{}\"\napi_key_hash = \"{}\"\n",
-        key.jkt(),
-        key.api_key_hash()
-    );
-    Some(setup.config(&keys).command("hello", "echo '{}'", REACH))
-}
-
-/// Waits until the operators' proofs are taken: a gate that has just begun to remember takes none that could be older.
-fn taken(gate: &Gate) {
-    let began = Instant::now();
-    while operator(gate, &["status"]).0 != 0 {
-        assert!(began.elapsed() < Duration::from_secs(20), "operators are refused: {}", gate.log_text());
-        std::thread::sleep(Duration::from_millis(500));
-    }
-}
-
-fn operator(gate: &Gate, arguments: &[&str]) -> (i32, String, String) {
-    let socket = gate.directory().join("operator/operator.sock");
-    let key = gate.directory().join("operator.json");
-    let mut all = arguments.to_vec();
-    all.extend(["--socket", socket.to_str().unwrap(), "--key", key.to_str().unwrap()]);
-    gate.cli(&all)
+    Some(with_operator(Setup::new(name)).command("hello", "echo '{}'", REACH))
 }
 
 fn result(gate: &Gate, arguments: &[&str]) -> (i32, Value) {
-    let (code, out, err) = operator(gate, &[&["egress", "selftest"], arguments].concat());
+    let (code, out, err) = operate(gate, &[&["egress", "selftest"], arguments].concat());
     let parsed = serde_json::from_str(&out);
     (code, parsed.unwrap_or_else(|error| panic!("{error}: {out}{err}")))
 }
@@ -77,7 +52,7 @@ fn a_gate_has_tried_itself_before_it_serves() {
         let Some(setup) = setup("selftest") else { return };
         let gate = setup.config(&format!("[sandbox]\nnetwork = \"{network}\"\n")).start();
         assert_eq!(readyz(&gate), (200, json!({"status": "ready"})), "{}", gate.log_text());
-        taken(&gate);
+        heard(&gate);
 
         let (code, result) = result(&gate, &["--last"]);
         assert_eq!((code, &result["outcome"]), (0, &json!("passed")), "{result}");
@@ -123,7 +98,7 @@ fn a_gate_has_tried_itself_before_it_serves() {
         // Nothing is left of it, and it is in nobody's way.
         assert!(leaves(&gate).is_empty());
         assert!(!gate.directory().join("state/selftest.sock").exists());
-        assert_eq!(operator(&gate, &["egress", "flows"]).1, "");
+        assert_eq!(operate(&gate, &["egress", "flows"]).1, "");
         assert_eq!(recorded(&gate).len(), 1);
         assert_eq!(Agent::connect(&gate.agent()).execute("hello", &json!({})).status, 200);
     }
@@ -133,13 +108,13 @@ fn a_gate_has_tried_itself_before_it_serves() {
 fn an_operator_can_have_it_tried_again() {
     let Some(setup) = setup("selftest-again") else { return };
     let gate = setup.start();
-    taken(&gate);
+    heard(&gate);
     let (code, result) = result(&gate, &[]);
     assert_eq!((code, &result["asked_by"]), (0, &json!("tester")), "{result}");
     let recorded = recorded(&gate);
     assert_eq!(recorded.len(), 2);
     assert_eq!(recorded[0]["details"], result);
-    let (_, status, _) = operator(&gate, &["status"]);
+    let (_, status, _) = operate(&gate, &["status"]);
     assert!(status.lines().any(|line| line.starts_with("selftest") && line.contains("passed at")), "{status}");
     // On a terminal it is a table.
     let socket = gate.directory().join("operator/operator.sock");
@@ -194,10 +169,10 @@ fn a_gate_that_something_gets_out_of_is_not_ready_and_runs_nothing() {
 fn what_gets_out_is_the_exit_code_and_the_status() {
     let Some(setup) = setup("selftest-code") else { return };
     let gate = setup.unguarded(&["seccomp:socket_families"]).with_selftest().start();
-    taken(&gate);
+    heard(&gate);
     let (code, result) = result(&gate, &[]);
     assert_eq!((code, &result["outcome"]), (1, &json!("failed")), "{result}");
-    let (_, status, _) = operator(&gate, &["status"]);
+    let (_, status, _) = operate(&gate, &["status"]);
     assert!(status.contains("not_ready") && status.contains("FAILED at"), "{status}");
     assert!(status.contains("with guards off: seccomp:socket_families"), "{status}");
     // A session is held back as an action is.
@@ -256,8 +231,8 @@ fn without_a_self_test_a_gate_is_degraded_and_says_so() {
     assert!(said["reason"].as_str().unwrap().contains("unsafe_skip_selftest"), "{said}");
     assert!(gate.logged(|line| line.contains("WARN") && line.contains("self-test is switched off")));
     assert!(recorded(&gate).is_empty());
-    taken(&gate);
-    assert!(operator(&gate, &["status"]).1.contains("SWITCHED OFF"));
+    heard(&gate);
+    assert!(operate(&gate, &["status"]).1.contains("SWITCHED OFF"));
     // It can be tried all the same, and then it is known.
     assert_eq!(result(&gate, &[]).0, 0);
     assert_eq!(readyz(&gate).1["status"], "ready");

@@ -195,5 +195,6 @@ pub async fn receipt(
     };
     let receipt = gate.ledger.receipt(draft).await?;
     gate.metrics.executed(&result_of(ended).0);
+    egress.verdicts().for_each(|verdict| gate.metrics.flow(verdict));
     Ok(receipt)
 }

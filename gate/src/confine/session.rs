@@ -20,7 +20,7 @@ use crate::egress::flows::Owner;
 use crate::egress::profile::EntryProtocol;
 use crate::executions::Registered;
 use crate::gate::{Gate, Readiness, Running};
-use crate::pipeline::dispatch::{EgressEvidence, Held, Hold, PROXY_VARIABLES};
+use crate::pipeline::dispatch::{self, EgressEvidence, Held, Hold, PROXY_VARIABLES};
 use crate::pipeline::{Ids, Refusal};
 use crate::sandbox::session::{Device, Size};
 use crate::sandbox::{Exit, Leaf, Network, SandboxError, SessionJob, SessionSocket, Terminal};
@@ -155,7 +155,11 @@ impl Ready {
             }
         };
         let execution = gate.executions.register(intended.execution(planned, &ids));
-        let (ended, egress) = run(gate, planned, &intended, &ids, &execution, from, &mut to).await;
+        let ran = dispatch::unless_it_panics(run(gate, planned, &intended, &ids, &execution, from, &mut to)).await;
+        let (ended, egress) = ran.unwrap_or_else(|| {
+            let egress = EgressEvidence { incomplete: true, ..EgressEvidence::default() };
+            (Ended::Unknown("the gate panicked".to_owned()), egress)
+        });
         let ended = match execution.ending() {
             Some(killed) => Ended::Killed(killed),
             None => ended,

@@ -128,7 +128,7 @@ pub async fn run(gate: &Gate, grant: Grant, ids: &Ids) -> Outcome {
 }
 
 /// A panic must not cost the receipt. What the future held has been dropped then, the leaf included.
-async fn unless_it_panics<T>(future: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn unless_it_panics<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut future = pin!(future);
     poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
         Ok(polled) => polled.map(Some),
