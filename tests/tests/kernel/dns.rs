@@ -292,7 +292,7 @@ fn a_record_is_taken_once_and_by_what_was_sent() {
     for other in [
         DatagramKey { id: 78, ..key },
         DatagramKey { slot_port: base + 1, ..key },
-        DatagramKey { netns: Some(1), ..key },
+        DatagramKey { netns: Some(u64::MAX), ..key },
         DatagramKey { source: SocketAddr::new([127, 0, 0, 2].into(), source.port()), ..key },
         DatagramKey { source: SocketAddr::new(source.ip(), source.port() ^ 1), ..key },
     ] {
