@@ -47,10 +47,12 @@ fn verdict(
 ) -> Result<Option<Endpoint>, Reason> {
     // SAFETY: a field of the context; what is null is no socket of a leaf.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    let stored = match client_of(sk, leaf) {
-        Ok(stored) => stored,
-        Err(reason) if on(Guard::ForeignSocket) => return Err(reason),
-        Err(_) => return Ok(None),
+    // The guard first: the other way round the compiler reads the error of a lookup that has none, and the verifier refuses.
+    let stored = if on(Guard::ForeignSocket) {
+        client_of(sk, leaf)?
+    } else {
+        let Ok(stored) = client_of(sk, leaf) else { return Ok(None) };
+        stored
     };
     if kind == KIND_NONE {
         return Err(Reason::ProfileNone);
