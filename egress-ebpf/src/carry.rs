@@ -60,7 +60,7 @@ fn verdict(
     if protocol == IPPROTO_UDP && kind == KIND_ALLOWLIST {
         // To musl EPERM is a broken machine, and then no name is found. The connect alone says nothing to anybody, and
         // nothing can be sent on it: neither sendmsg nor egress has a server there.
-        if to.is_family_probe() {
+        if to.is_family_probe() || !on(Guard::Dns) {
             return Ok(None);
         }
         return query::redirect(control, sk, to);

@@ -113,9 +113,6 @@ unsafe fn put(to: *mut u32, chosen: bool, value: u32) {
 /// Where a datagram, or the connect of a UDP socket, goes instead of where it was meant to.
 #[inline(always)]
 pub fn redirect(control: &Control, sk: *mut bpf_sock, to: &Endpoint) -> Result<Option<Endpoint>, Reason> {
-    if !on(Guard::Dns) {
-        return Ok(None);
-    }
     if control.resolver_slots == 0 {
         return Err(Reason::Datagram);
     }
@@ -151,6 +148,7 @@ pub fn on_sendmsg(ctx: &SockAddrContext, hook: Hook, to: Endpoint) -> i32 {
     let verdict = match kind_of(&control, leaf) {
         Err(reason) => Err(reason),
         Ok(KIND_NONE) => Err(Reason::ProfileNone),
+        Ok(KIND_ALLOWLIST) if protocol == IPPROTO_UDP && !on(Guard::Dns) => return ALLOW,
         Ok(KIND_ALLOWLIST) if protocol == IPPROTO_UDP => {
             // SAFETY: a field of the context; what is null is no socket of a leaf.
             let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };

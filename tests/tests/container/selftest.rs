@@ -47,7 +47,6 @@ fn it_tries_itself_before_it_serves_and_whenever_it_is_asked() {
                 "name_other_port",
                 "unix_path",
                 "bpf",
-                "mount",
                 "signal",
                 "cgroup_move",
                 "state_directory",
