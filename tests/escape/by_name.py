@@ -7,7 +7,10 @@ def attempt():
         return "no name"
     try:
         said = tcp(socket.AF_INET, found[0], found[1], payload())
-    except (ConnectionResetError, BrokenPipeError):
+    except OSError as error:
+        # The last one: it was reset before this end has closed its half.
+        if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
+            raise
         return "refused"
     return "ok" if b"reached" in said else "refused"
 

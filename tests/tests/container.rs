@@ -9,6 +9,8 @@ mod crash;
 mod holds;
 #[path = "container/needs.rs"]
 mod needs;
+#[path = "container/selftest.rs"]
+mod selftest;
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};

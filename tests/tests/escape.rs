@@ -11,6 +11,10 @@ mod ends;
 mod names;
 #[path = "escape/network.rs"]
 mod network;
+#[path = "escape/others.rs"]
+mod others;
+#[path = "escape/pod.rs"]
+mod pod;
 #[path = "escape/processes.rs"]
 mod processes;
 #[path = "escape/switches.rs"]

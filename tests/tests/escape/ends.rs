@@ -1,6 +1,7 @@
 //! Guards of an execution as a whole: whose it is, how long it lasts, and what is left of it.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use latchgate_tests::agent::Agent;
@@ -11,12 +12,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::technique::{self, NAMES};
-use crate::world::{Target, token};
+use crate::world::{PORTS, Target, token};
 
 const PRELUDE: &str = include_str!("../../escape/prelude.py");
 const SOON: Duration = Duration::from_secs(20);
 
-fn code(text: &str) -> String {
+pub fn code(text: &str) -> String {
     format!("{PRELUDE}\n{text}")
 }
 
@@ -96,6 +97,79 @@ fn nothing_stays_after_the_answer() {
         let (said, _) = inside(&agent, "nothing", LEAVES_A_DAEMON, &json!({}));
         assert_eq!(said, "left");
         assert_eq!(!running(&gate).is_empty(), stays, "without {off:?}");
+    }
+}
+
+/// Ends, and leaves somebody with its output who has more to say.
+const SPEAKS_LATE: &str = "
+import json, os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(1)
+    os.write(1, b'late')
+    os._exit(0)
+print(json.dumps('in time'), end='', flush=True)
+";
+
+#[test]
+fn nothing_is_added_to_the_answer_after_the_end() {
+    let here = Command::new("/usr/bin/python3").args(["-c", SPEAKS_LATE]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&here.stdout), "\"in time\"late");
+    for (off, late) in [(vec![], false), (vec!["pid_namespace"], true)] {
+        let setup = Setup::new("escape-late-word").unguarded(&off).command("nothing", &python(), "{profile: none}");
+        let gate = setup.start();
+        let agent = Agent::connect(&gate.agent());
+        let answer = agent.execute("nothing", &with_code(SPEAKS_LATE, &json!({}))).json();
+        assert_eq!(answer["output"] == "in time", !late, "without {off:?}: {answer}");
+        // Both words together are no JSON.
+        assert_eq!(answer["reason"] == "the command's standard output is not JSON", late, "without {off:?}: {answer}");
+    }
+}
+
+/// Takes, and writes to, twice the memory that the action has.
+const TAKES_MEMORY: &str = "
+import json
+try:
+    taken = bytearray(b'x' * (1 << 20)) * 800
+    print(json.dumps(len(taken)))
+except MemoryError:
+    print(json.dumps('no memory'))
+";
+
+#[test]
+fn no_more_memory_than_it_has() {
+    let all = json!(800 << 20);
+    assert_eq!(outside(TAKES_MEMORY, &json!({})), all);
+    for (off, gets_it) in [(vec![], false), (vec!["resource_limits"], true)] {
+        let setup = Setup::new("escape-memory").unguarded(&off);
+        let gate = setup.roomy_command("nothing", &python(), "{profile: none}", 400).start();
+        let agent = Agent::connect(&gate.agent());
+        let answer = agent.execute("nothing", &with_code(TAKES_MEMORY, &json!({}))).json();
+        assert_eq!(answer["output"] == all, gets_it, "without {off:?}: {answer}");
+        // By its address space it is told; by its cgroup it is killed.
+        let told = answer["output"] == "no memory" || answer["reason"] == "out_of_memory";
+        assert_eq!(told, !gets_it, "without {off:?}: {answer}");
+    }
+}
+
+#[test]
+fn a_connection_of_whoever_started_the_gate_does_not_come_along() {
+    let target = Target::start();
+    for (off, gets_out) in [(vec![], false), (vec!["close_descriptors"], true)] {
+        let connects = format!("exec 9<>/dev/tcp/{}/{}", target.v4, PORTS[0]);
+        let setup = Setup::new("escape-before").unguarded(&off).command("nothing", &python(), "{profile: none}");
+        let gate = setup.started_by(&connects).start();
+        let agent = Agent::connect(&gate.agent());
+        let params = target.params(&token());
+        let text = "
+def attempt():
+    with socket.socket(fileno=9) as s:
+        converse(s)
+report(attempt)";
+        let (said, receipt) = inside(&agent, "nothing", &code(text), &params);
+        let heard = target.heard(params["token"].as_str().unwrap(), Duration::from_secs(1));
+        assert_eq!((said == "ok", heard), (gets_out, gets_out), "without {off:?}: {said} {receipt:#}");
+        assert_eq!(said == "EBADF", !gets_out, "without {off:?}: {said}");
     }
 }
 

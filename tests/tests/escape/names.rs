@@ -6,7 +6,7 @@ use crate::world::Target;
 
 const NAMED: Technique = Technique { action: "names", code: attacker!("by_name"), ..BASE };
 
-const TABLE: &[Technique] = &[
+pub const TABLE: &[Technique] = &[
     Technique {
         name: "a tunnel of names",
         code: attacker!("dns_query"),
@@ -40,6 +40,14 @@ const TABLE: &[Technique] = &[
         said: "403",
         by: By::Rule("proxy", "name_not_allowed"),
         guards: &["proxy_names"],
+        ..NAMED
+    },
+    Technique {
+        name: "names over tls, of a server with a name",
+        with: r#"{"name": "no.escape.test", "stands_for": "v4", "at": 4000, "speaks": "tls"}"#,
+        said: "no name",
+        by: By::Rule("resolver", "name_not_allowed"),
+        guards: &["resolver_names", "proxy_names"],
         ..NAMED
     },
     Technique {

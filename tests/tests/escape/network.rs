@@ -26,7 +26,7 @@ pub const BASE: Technique = Technique {
 pub const CONNECT4: &[&str] = &["connect4", "egress", "ingress"];
 const CONNECT6: &[&str] = &["connect6", "egress", "ingress"];
 
-const TABLE: &[Technique] = &[
+pub const TABLE: &[Technique] = &[
     Technique {
         name: "tcp v4",
         code: attacker!("tcp_v4"),

@@ -14,7 +14,7 @@ use crate::technique::{By, Shown, Technique, walk};
 use crate::world::{PORTS, Target};
 
 /// A process outside with sockets that anybody may connect to, a file that nobody may read, and a cgroup of no leaf.
-struct Victim {
+pub struct Victim {
     process: Child,
     directory: PathBuf,
     cgroup: PathBuf,
@@ -23,7 +23,7 @@ struct Victim {
 }
 
 impl Victim {
-    fn start(target: &Target) -> Self {
+    pub fn start(target: &Target) -> Self {
         let name = format!("lgesc-victim-{}", std::process::id());
         let directory = std::env::temp_dir().join(&name);
         fs::create_dir(&directory).unwrap();
@@ -45,10 +45,11 @@ impl Victim {
         Self { process, directory, cgroup, said, abstract_name: name }
     }
 
-    fn params(&self) -> Value {
+    pub fn params(&self) -> Value {
         json!({
             "victim": self.said, "unix": self.directory.join("socket"), "rights": self.directory.join("rights"),
             "abstract": self.abstract_name, "secret": self.directory.join("secret"), "cgroup": self.cgroup,
+            "cgroup_path": format!("/{}", self.abstract_name),
         })
     }
 }
@@ -62,7 +63,7 @@ impl Drop for Victim {
     }
 }
 
-const TABLE: &[Technique] = &[
+pub const TABLE: &[Technique] = &[
     Technique {
         name: "a socket that has a path",
         code: attacker!("unix_path"),
@@ -126,6 +127,39 @@ const TABLE: &[Technique] = &[
         ..BASE
     },
     Technique {
+        name: "another cgroup, by a mount of its own",
+        code: attacker!("cgroup_remount"),
+        guards: &["seccomp:mounts", "user_namespace", "capabilities", "landlock"],
+        ..BASE
+    },
+    Technique {
+        name: "a symbolic link out of the scratch directory",
+        code: attacker!("symlink"),
+        said: "ENOENT",
+        by: By::Namespace,
+        shown: Shown::ByItself,
+        guards: &["mount_namespace", "user_namespace"],
+        ..BASE
+    },
+    Technique {
+        name: "a hard link out of the scratch directory",
+        code: attacker!("hard_link"),
+        said: "ENOENT",
+        by: By::Namespace,
+        shown: Shown::ByItself,
+        guards: &["mount_namespace", "user_namespace"],
+        ..BASE
+    },
+    Technique {
+        name: "a process's environment",
+        code: attacker!("process_outside"),
+        said: "ENOENT",
+        by: By::Namespace,
+        shown: Shown::ByItself,
+        guards: &["pid_namespace", "user_namespace", "landlock"],
+        ..BASE
+    },
+    Technique {
         name: "bpf",
         code: attacker!("bpf"),
         shown: Shown::ByItself,
@@ -184,6 +218,15 @@ const TABLE: &[Technique] = &[
         by: By::Kernel,
         shown: Shown::ByItself,
         guards: &["scratch_limit"],
+        ..BASE
+    },
+    Technique {
+        name: "a core dump",
+        code: attacker!("core_dump"),
+        said: "EFBIG",
+        by: By::Kernel,
+        shown: Shown::ByItself,
+        guards: &["resource_limits"],
         ..BASE
     },
     Technique {

@@ -61,8 +61,15 @@ pub struct Technique {
 pub const NAMES: [&str; 5] =
     ["yes.escape.test", "tls.escape.test", "web.escape.test", "inner.escape.test", "no.escape.test"];
 
-/// A gate with both actions.
+/// A gate with both actions, and an agent of it.
 pub fn gate(target: &Target, network: &str, guards_off: &[&str]) -> (Gate, Agent) {
+    let gate = setup(target, network).unguarded(guards_off).start();
+    let agent = Agent::connect(&gate.agent());
+    (gate, agent)
+}
+
+/// Both actions.
+pub fn setup(target: &Target, network: &str) -> Setup {
     let [tcp, tls, web, inner, outside] = NAMES;
     let [p0, p1, p2, _] = PORTS;
     let entries = format!(
@@ -70,8 +77,7 @@ pub fn gate(target: &Target, network: &str, guards_off: &[&str]) -> (Gate, Agent
          {{domain: {tls}, ports: [{p1}], exact: true}}, {{domain: {web}, ports: [{p2}], protocol: http, exact: true}}"
     );
     let (v4, other) = (&target.v4, &target.other_v4);
-    let gate = Setup::new("escape")
-        .unguarded(guards_off)
+    Setup::new("escape")
         .roomy_command("nothing", &python(), "{profile: none}", 4096)
         .roomy_command("names", &python(), &format!("{{profile: proxy_allowlist, allowed_domains: [{entries}]}}"), 4096)
         .config(&format!(
@@ -80,9 +86,6 @@ pub fn gate(target: &Target, network: &str, guards_off: &[&str]) -> (Gate, Agent
              [egress.hosts]\n\"{tcp}\" = [\"{v4}\"]\n\"{tls}\" = [\"{v4}\"]\n\"{web}\" = [\"{v4}\"]\n\"{inner}\" = [\"{other}\"]\n\
              \"{outside}\" = [\"{v4}\"]\n"
         ))
-        .start();
-    let agent = Agent::connect(&gate.agent());
-    (gate, agent)
 }
 
 /// One attempt: what the attacker was told, whether it got out, and the receipt's evidence.
@@ -133,6 +136,42 @@ impl Technique {
         let out = self.got_out(target, said, &token, SETTLE);
         let evidence = receipt(agent, &answer)["egress_evidence"].as_array().unwrap().clone();
         Attempt { said: said.to_owned(), out, evidence, token }
+    }
+
+    /// Sees it reach its target from outside; `false` where this kernel does not have it at all, and can only refuse.
+    fn control(&self, target: &Target, more: &Value) -> bool {
+        let control = self.outside(target, more);
+        if matches!(control.said.as_str(), "EPROTONOSUPPORT" | "EAFNOSUPPORT" | "ESOCKTNOSUPPORT") {
+            eprintln!("{}: not in this kernel ({})", self.name, control.said);
+            return false;
+        }
+        assert!(control.out, "{}: inconclusive, outside it came to {}", self.name, control.said);
+        true
+    }
+
+    /// Tries it in an action: the token that was sent, or what is not as it should be.
+    fn tried(
+        &self,
+        target: &Target,
+        agent: &Agent,
+        more: &Value,
+        expect: Expect,
+        name: &str,
+    ) -> Result<String, String> {
+        let patience = if expect == Expect::Out { PATIENCE } else { IMPATIENCE };
+        let attempt = self.inside(target, agent, more, patience);
+        let line = format!("{name}: {}, {}", attempt.said, if attempt.out { "out" } else { "in" });
+        eprintln!("{line}");
+        if attempt.out != (expect == Expect::Out) {
+            return Err(line);
+        }
+        if expect == Expect::AsWritten {
+            if attempt.said != self.said {
+                return Err(format!("{line}: said {}: {:#?}", attempt.said, attempt.evidence));
+            }
+            self.record(&attempt).map_err(|why| format!("{line}: {why}"))?;
+        }
+        Ok(attempt.token)
     }
 
     /// Whether the receipt says of the refusal what it should, or nothing.
@@ -189,33 +228,38 @@ pub fn walk(target: &Target, techniques: &[Technique], more: &Value) {
             let Some(round) = rounds.lock().unwrap().pop() else { return };
             let (_gate, agent) = gate(target, round.network, &round.off);
             for (technique, expect) in round.tries {
-                let patience = if expect == Expect::Out { PATIENCE } else { IMPATIENCE };
-                let attempt = technique.inside(target, &agent, more, patience);
                 let name = format!("{} ({}, without {:?})", technique.name, round.network, round.off);
-                let line = format!("{name}: {}, {}", attempt.said, if attempt.out { "out" } else { "in" });
-                eprintln!("{line}");
-                if attempt.out != (expect == Expect::Out) {
-                    wrong.lock().unwrap().push(line);
-                    continue;
-                }
-                if expect != Expect::Out {
-                    must_not.lock().unwrap().push((name, attempt.token.clone()));
-                }
-                if expect == Expect::AsWritten {
-                    let as_written = if attempt.said == technique.said {
-                        technique.record(&attempt)
-                    } else {
-                        Err(format!("said {}: {:#?}", attempt.said, attempt.evidence))
-                    };
-                    wrong.lock().unwrap().extend(as_written.err().map(|why| format!("{line}: {why}")));
+                match technique.tried(target, &agent, more, expect, &name) {
+                    Ok(token) if expect != Expect::Out => must_not.lock().unwrap().push((name, token)),
+                    Ok(_) => {}
+                    Err(line) => wrong.lock().unwrap().push(line),
                 }
             }
         }
     };
     std::thread::scope(|scope| (0..AT_ONCE).for_each(|_| drop(scope.spawn(work))));
-    let wrong = wrong.into_inner().unwrap();
+    concluded(target, &wrong.into_inner().unwrap(), must_not.into_inner().unwrap());
+}
+
+/// Walks the table in one gate that has all its guards, where each row must be refused as it is written.
+pub fn stays_in(target: &Target, agent: &Agent, techniques: &[Technique], more: &Value, network: &str) {
+    let (mut wrong, mut must_not) = (Vec::new(), Vec::new());
+    // In a namespace of its own it may fail by that first.
+    let expect = if network == "shared" { Expect::AsWritten } else { Expect::In };
+    for technique in techniques {
+        technique.control(target, more);
+        let name = format!("{} ({network})", technique.name);
+        match technique.tried(target, agent, more, expect, &name) {
+            Ok(token) => must_not.push((name, token)),
+            Err(line) => wrong.push(line),
+        }
+    }
+    concluded(target, &wrong, must_not);
+}
+
+fn concluded(target: &Target, wrong: &[String], must_not: Vec<(String, String)>) {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    for (name, token) in must_not.into_inner().unwrap() {
+    for (name, token) in must_not {
         assert!(!target.heard(&token, Duration::ZERO), "{name}: it came late");
     }
 }
@@ -231,12 +275,7 @@ fn rounds<'a>(target: &Target, techniques: &'a [Technique], more: &Value) -> Vec
     let mut rounds = vec![as_written("isolated", Expect::In), as_written("shared", Expect::AsWritten)];
     let mut off: BTreeMap<Vec<&'static str>, Vec<(&Technique, Expect)>> = BTreeMap::new();
     for technique in techniques {
-        let control = technique.outside(target, more);
-        // What this kernel does not have at all can be refused only.
-        if matches!(control.said.as_str(), "EPROTONOSUPPORT" | "EAFNOSUPPORT" | "ESOCKTNOSUPPORT") {
-            eprintln!("{}: not in this kernel ({})", technique.name, control.said);
-        } else {
-            assert!(control.out, "{}: inconclusive, outside it came to {}", technique.name, control.said);
+        if technique.control(target, more) {
             off.entry(technique.guards.to_vec()).or_default().push((technique, Expect::Out));
         }
         for kept in technique.guards.iter().filter(|guard| !technique.needs.contains(guard)) {

@@ -109,6 +109,11 @@ impl Target {
         self.arrived.lock().unwrap().iter().any(|line| line.contains(needle))
     }
 
+    /// All that has come.
+    pub fn lines(&self) -> Vec<String> {
+        self.arrived.lock().unwrap().clone()
+    }
+
     /// Whether the token has come, or comes soon.
     pub fn heard(&self, token: &str, patience: Duration) -> bool {
         let began = std::time::Instant::now();
