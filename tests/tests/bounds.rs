@@ -9,7 +9,6 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use latchgate_tests::agent::Agent;
-use latchgate_tests::bundle::Pod;
 use latchgate_tests::gate::{Gate, Setup};
 use latchgate_tests::http::{Connection, Target, once};
 use latchgate_tests::inside::{inside, missing, python, receipt, send, try_execute, with_code};
@@ -351,49 +350,6 @@ print(json.dumps({"written": written, "made": made, "forked": forked}))
     assert!(count("written") <= 64 && said["written"][1] == "ENOSPC", "{said}");
     assert!((500..=1024).contains(&count("made")) && said["made"][1] == "ENOSPC", "{said}");
     assert!((30..=64).contains(&count("forked")) && said["forked"][1] == "EAGAIN", "{said}");
-}
-
-/// In a network of this test's own: the ports are what the attacker takes. In the shared network they would be those of
-/// everybody; `docs/limits.md` says so.
-#[test]
-fn ports_of_one_execution() {
-    if cannot() {
-        return;
-    }
-    let attack = r#"
-import errno, os, socket, time
-pipes = []
-for _ in range(40):
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        held, why = [], None
-        while why is None:
-            try:
-                s = socket.socket()
-                s.bind(("", 0))
-                held.append(s)
-            except OSError as error:
-                why = errno.errorcode[error.errno]
-        os.write(writer, json.dumps([len(held), why]).encode())
-        time.sleep(6)
-        os._exit(0)
-    os.close(writer)
-    pipes.append(reader)
-took = [json.loads(os.read(reader, 100)) for reader in pipes]
-time.sleep(3)
-print(json.dumps({"held": sum(n for n, _ in took), "why": sorted({why for _, why in took})}))
-"#;
-    let pod = Pod::new("bound-ports");
-    let network = std::env::var("LATCHGATE_TEST_NETWORK").unwrap_or_else(|_| "isolated".to_owned());
-    pod.inside(|| {
-        let address = "127.79.5.1";
-        let port = origin(address);
-        let gate = gate("bound-ports", &network, address, port, "");
-        let (answer, _) = while_another_works(&gate, attack, port);
-        let said = &answer["output"];
-        // All that its network has.
-        assert!(said["held"].as_u64().unwrap() > 20_000 && said["why"] == json!(["EADDRINUSE", "EMFILE"]), "{answer}");
-    });
 }
 
 #[test]
