@@ -11,10 +11,11 @@ use crate::technique::{Technique, nothing_more, setup, stays_in};
 use crate::world::Target;
 use crate::{names, network, processes};
 
-/// What a container's masked `/proc` takes with it: there is no first process to be seen where there is no `/proc`.
+/// What a container's masked `/proc` takes with it: no first process is to be seen, nor what a process may, where there is
+/// no `/proc`.
 fn there(technique: &Technique) -> Technique {
     match technique.name {
-        "the first process" => Technique { said: "ENOENT", ..*technique },
+        "the first process" | "setuid programs" => Technique { said: "ENOENT", ..*technique },
         _ => *technique,
     }
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use latchgate_tests::inside::root;
 use serde_json::{Value, json};
@@ -24,7 +25,8 @@ pub struct Victim {
 
 impl Victim {
     pub fn start(target: &Target) -> Self {
-        let name = format!("lgesc-victim-{}", std::process::id());
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("lgesc-victim-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let directory = std::env::temp_dir().join(&name);
         fs::create_dir(&directory).unwrap();
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
@@ -148,15 +150,6 @@ pub const TABLE: &[Technique] = &[
         by: By::Namespace,
         shown: Shown::ByItself,
         guards: &["mount_namespace", "user_namespace"],
-        ..BASE
-    },
-    Technique {
-        name: "a process's environment",
-        code: attacker!("process_outside"),
-        said: "ENOENT",
-        by: By::Namespace,
-        shown: Shown::ByItself,
-        guards: &["pid_namespace", "user_namespace", "landlock"],
         ..BASE
     },
     Technique {

@@ -228,15 +228,16 @@ fn a_gate_that_lost_its_memory_refuses_what_it_cannot_know() {
             fs::remove_file(file.path()).unwrap();
         }
     }
+    // Before the start that the rule counts from, however long that takes.
+    let began = now();
     gate.start();
     let reason = "began to remember";
     refused("used", &get(&agent, &path, &used), "401 invalid_dpop", reason);
     refused("used, and dated ahead", &get(&agent, &path, &ahead), "401 invalid_dpop", reason);
     refused("new", &agent.get(&path), "401 invalid_dpop", reason);
     assert_eq!(Agent::connect(&gate.agent()).get(&path).status, 200, "a lease of this run");
-    let began = now();
     while agent.get(&path).status != 200 {
-        assert!(now() - began < 15, "no proof of the earlier lease passes");
+        assert!(now() - began < 60, "no proof of the earlier lease passes");
         std::thread::sleep(Duration::from_millis(100));
     }
     assert!(now() - began >= 4, "it passed too early");
