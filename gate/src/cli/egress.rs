@@ -397,7 +397,10 @@ mod tests {
 
     #[test]
     fn times_are_ago_or_exact() {
-        let ago = |text: &str| Timestamp::now().millis() - since(text).unwrap().millis();
+        let ago = |text: &str| {
+            let then = since(text).unwrap();
+            Timestamp::now().millis() - then.millis()
+        };
         for (text, millis) in [("90s", 90_000), ("15m", 900_000), ("2h", 7_200_000), ("1d", 86_400_000)] {
             assert!((millis..millis + 5_000).contains(&ago(text)), "{text}");
         }
